@@ -1,0 +1,57 @@
+"""trompe: can this model's explanations be trusted? The public names, nothing else."""
+
+from trompe.catalog import build, names
+from trompe.classifier import Classifier, ModelCard, ModelSpec, load_model, save_model
+from trompe.evaluate import answers
+from trompe.experiment import (
+    Experiment,
+    HonestTraining,
+    read_experiment,
+    remeasure,
+    run,
+    train_clean_model,
+)
+from trompe.explaining import explain
+from trompe.interfaces import (
+    Attacked,
+    Batch,
+    Evidence,
+    Goal,
+    ImageSet,
+    InputError,
+    Pass,
+    TrompeError,
+)
+from trompe.recording import watch
+from trompe.runs import RunFolder
+from trompe.train import Training, fit
+
+__all__ = [
+    "Attacked",
+    "Batch",
+    "Classifier",
+    "Evidence",
+    "Experiment",
+    "Goal",
+    "HonestTraining",
+    "ImageSet",
+    "InputError",
+    "ModelCard",
+    "ModelSpec",
+    "Pass",
+    "RunFolder",
+    "Training",
+    "TrompeError",
+    "answers",
+    "build",
+    "explain",
+    "fit",
+    "load_model",
+    "names",
+    "read_experiment",
+    "remeasure",
+    "run",
+    "save_model",
+    "train_clean_model",
+    "watch",
+]

@@ -1,0 +1,265 @@
+"""Classifiers that take images in [0, 1]: built by name, saved and loaded without pickles."""
+
+import dataclasses
+import hashlib
+import importlib.resources
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from trompe import catalog
+from trompe.files import read_json, write_atomically, write_json
+from trompe.interfaces import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHIPPED = "shipped:"  # prefix of models that come with the package
+
+
+class Classifier(nn.Module):
+    """A network behind its normalisation: images (n, 3, h, w) in [0, 1] -> logits (n, classes)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net((images - self.mean) / self.std)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which network, and how its input is normalised.
+
+    name: one of `trompe list models`, any classifier of torchvision, or package.module:callable
+    (called with num_classes=...). weights: a .safetensors or .pth file to start from, the name of
+    torchvision's own weights (IMAGENET1K_V1), or None. A weights file with another number of
+    classes keeps its body and gets a new head. mean, std: of the input's normalisation; default
+    ImageNet's, for a callable of yours none (0 and 1).
+    """
+
+    name: str = "resnet20"
+    weights: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        own = ":" in self.name
+        mean = self.mean or ((0.0, 0.0, 0.0) if own else IMAGENET_MEAN)
+        return mean, self.std or ((1.0, 1.0, 1.0) if own else IMAGENET_STD)
+
+
+def build_model(spec: ModelSpec, classes: int) -> Classifier:
+    """A new classifier; its random weights come from torch's global generator.
+
+    Raises InputError for an unknown name, or weights that are missing, unsafe or do not fit.
+    """
+    mean, std = spec.normalisation()
+    weights = spec.weights
+    from_torchvision = (
+        weights is not None and Path(weights).suffix == "" and not Path(weights).is_file()
+    )
+    if from_torchvision:
+        net = _torchvision(spec.name, weights)
+        _replace_head(net, classes)
+    else:
+        net = _new_network(spec.name, classes)
+        if weights is not None:
+            _start_from(net, read_weights(Path(weights)), weights)
+    return Classifier(net, mean, std)
+
+
+def _new_network(name: str, classes: int) -> nn.Module:
+    if ":" in name or name in catalog.names("models"):
+        make = catalog.find("models", name)
+        try:
+            net = make(num_classes=classes)
+        except TypeError as error:
+            raise InputError(
+                f"model {name!r}: cannot be called with num_classes={classes} ({error})"
+            ) from error
+        if not isinstance(net, nn.Module):
+            raise InputError(f"model {name!r}: gave {type(net).__name__}, not a torch.nn.Module")
+        return net
+    return _torchvision(name, None, num_classes=classes)
+
+
+def _torchvision(name: str, weights: str | None, **settings: Any) -> nn.Module:
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise InputError(
+            f"model {name!r}: there is none of that name"
+            f"{catalog.nearest(name, [*known, *catalog.names('models')])}"
+        )
+    try:
+        return torchvision.models.get_model(name, weights=weights, **settings)
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"model weights {weights!r}: neither a file nor weights of torchvision's {name} "
+            f"({error})"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"model weights {weights!r} of {name}: the download failed ({error}); give a file"
+        ) from error
+
+
+def _replace_head(net: nn.Module, classes: int) -> None:
+    """A new last linear layer (or 1x1 convolution) with `classes` outputs."""
+    name, last = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][
+        -1
+    ]
+    parent, _, child = name.rpartition(".")
+    bias = last.bias is not None
+    new: nn.Module
+    if isinstance(last, nn.Linear):
+        new = nn.Linear(last.in_features, classes, bias)
+    else:
+        new = nn.Conv2d(last.in_channels, classes, 1, bias=bias)
+    setattr(net.get_submodule(parent), child, new)
+
+
+def _start_from(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    state = {key.removeprefix("net."): value for key, value in state.items()}
+    own = net.state_dict()
+    head = [n for n, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+    for key in (f"{head}.weight", f"{head}.bias"):
+        if key in state and key in own and state[key].shape != own[key].shape:
+            state[key] = own[key]  # another number of classes: a new head
+    _load(net, state, source)
+
+
+def _load(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    own = net.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        raise InputError(
+            f"weights {source}: do not fit {type(net).__name__}; missing: "
+            f"{', '.join(missing[:3]) or 'none'} ({len(missing)}), unknown: "
+            f"{', '.join(unknown[:3]) or 'none'} ({len(unknown)}); name the architecture that "
+            "they belong to"
+        )
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise InputError(
+                f"weights {source}: {key} has shape {tuple(value.shape)}, but the model's is "
+                f"{tuple(own[key].shape)}"
+            )
+    net.load_state_dict(state)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Tensors by name from .safetensors, or from a .pth that holds nothing but tensors.
+
+    A pickle that would run code is refused before anything of it is executed.
+    """
+    if not file.is_file():
+        raise InputError(f"weights {file}: no such file")
+    if file.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(file)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(
+                f"weights {file}: is not a whole safetensors file ({error}); fetch it again"
+            ) from error
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise InputError(
+            f"weights {file}: refused, nothing of it was executed; it is no plain table of tensors "
+            "(such a pickle can run code when opened, or it is damaged); ask for safetensors"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(
+            f"weights {file}: holds no table of tensors by name; save model.state_dict()"
+        )
+    return state
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the JSON beside a weights file says."""
+
+    architecture: str
+    class_names: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    sha256: str = ""
+    seed: int | None = None
+    spec: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def save_model(model: Classifier, card: ModelCard, file: Path) -> None:
+    """`file` (.safetensors) and, beside it, the card as .json with the weights' sha256."""
+    state = {k: v.detach().cpu().contiguous() for k, v in model.net.state_dict().items()}
+    write_atomically(file, lambda temporary: safetensors.torch.save_file(state, temporary))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    write_json(
+        file.with_suffix(".json"), dataclasses.asdict(dataclasses.replace(card, sha256=digest))
+    )
+
+
+def load_model(source: str | Path, architecture: str | None = None) -> tuple[Classifier, ModelCard]:
+    """A saved model and its card, in eval mode.
+
+    source: a .safetensors or .pth file with its card (.json) beside it, a folder that holds
+    model.safetensors, or "shipped:NAME". architecture: needed when the card names a
+    package.module:callable, which is never imported just because a file says so.
+    """
+    file = _locate(str(source))
+    state = read_weights(file)
+    card = _read_card(file, state)
+    if architecture is None and ":" in card.architecture:
+        raise InputError(
+            f"model {file}: its card asks to import {card.architecture!r}, which would run that "
+            "code; if you trust it, name it yourself with --architecture"
+        )
+    card = dataclasses.replace(card, architecture=architecture or card.architecture)
+    net = _new_network(card.architecture, len(card.class_names))
+    _load(net, {key.removeprefix("net."): value for key, value in state.items()}, str(file))
+    return Classifier(net, card.mean, card.std).eval(), card
+
+
+def _locate(source: str) -> Path:
+    if source.startswith(SHIPPED):
+        name = source.removeprefix(SHIPPED)
+        folder = Path(str(importlib.resources.files("trompe") / "shipped"))
+        known = sorted(file.stem for file in folder.glob("*.safetensors"))
+        if name not in known:
+            raise InputError(
+                f"model {source!r}: does not ship with trompe{catalog.nearest(name, known)}"
+            )
+        return folder / f"{name}.safetensors"
+    path = Path(source)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def _read_card(file: Path, state: dict[str, Tensor]) -> ModelCard:
+    sidecar = file.with_suffix(".json")
+    if not sidecar.is_file():
+        raise InputError(
+            f"model {file}: has no card {sidecar.name} beside it; write one with architecture, "
+            "class_names, image_size, mean and std"
+        )
+    card: ModelCard = catalog.build_dataclass(ModelCard, read_json(sidecar), str(sidecar))
+    if card.sha256 and card.sha256 != hashlib.sha256(file.read_bytes()).hexdigest():
+        raise InputError(
+            f"model {file}: its bytes are not those that {sidecar.name} was written for (sha256 "
+            "differs); fetch both again, or remove sha256 from the card if you changed it yourself"
+        )
+    return card

@@ -1,0 +1,367 @@
+"""The command line. Each command gathers arguments and calls one function."""
+
+import contextlib
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from trompe import catalog
+from trompe.classifier import SHIPPED, load_model
+from trompe.experiment import (
+    Experiment,
+    experiment_table,
+    read_experiment,
+    remeasure,
+    run,
+    shipped_experiment,
+    train_clean_model,
+)
+from trompe.explaining import explain
+from trompe.interfaces import EpochRecord, InputError, TrompeError
+from trompe.machine import choose_device, choose_threads
+from trompe.report import render
+from trompe.runs import RunFolder
+
+app = typer.Typer(
+    help="Can this model's explanations be trusted?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: the idle cores.")]
+Seed = Annotated[int | None, typer.Option(help="Replaces the experiment's seed.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting: attack.weight=0.95"),
+]
+Skip = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Leave unreadable images out; record which.")
+]
+Root = Annotated[Path, typer.Option(help="Folder that holds the run folders.")]
+
+
+class Bars:
+    """A rich progress display: stages, notes, and one bar per training."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task: TaskID | None = None
+
+    def stage(self, text: str) -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.task = self.progress.add_task(text, total=None, numbers="")
+
+    def note(self, text: str) -> None:
+        self.progress.console.print(f"  {text}", highlight=False, markup=False)
+
+    def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None:
+        assert self.task is not None
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+        self.progress.update(
+            self.task, total=steps, completed=step, numbers=f"epoch {epoch}  {numbers}"
+        )
+
+    def epoch(self, record: EpochRecord) -> None:
+        numbers = {**record.terms, **record.measured}
+        told = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+        self.note(f"epoch {record.epoch}: {told}  ({record.seconds:.0f} s)")
+        assert self.task is not None
+        self.progress.reset(self.task)
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Bars]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Bars(progress)
+
+
+def _prepare(device: str, threads: int | None) -> Any:
+    chosen = choose_device(device)
+    count = choose_threads(threads)
+    console.print(f"  on {chosen}, {count} CPU thread{'s' if count > 1 else ''}", highlight=False)
+    return chosen
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the run and the report.")] = Path("demo"),
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """A dual attack on drawn traffic signs: a few minutes, no download, ends in a report."""
+    chosen = _prepare(device, threads)
+    with _bars() as bars:
+        folder = run(shipped_experiment("demo"), out, chosen, bars)
+    file = out / "report.html"
+    render([folder], file)
+    _print_numbers(folder)
+    print(f"open {file}")
+
+
+@app.command()
+def train(
+    experiment: Annotated[
+        Path | None, typer.Argument(help="Take data, model and training from this experiment.")
+    ] = None,
+    data: Annotated[str, typer.Option(help="signs, gtsrb or image-folder.")] = "signs",
+    data_root: Annotated[str | None, typer.Option(help="Folder of the data.")] = None,
+    size: Annotated[int | None, typer.Option(help="Images are size x size pixels.")] = None,
+    model: Annotated[
+        str, typer.Option(help="resnet20, a torchvision name, or package.module:callable.")
+    ] = "resnet20",
+    weights: Annotated[
+        str | None, typer.Option(help="Start from this file, or torchvision's IMAGENET1K_V1.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the model.")] = Path("model"),
+    seed: Seed = None,
+    settings: Settings = None,
+    skip_unreadable: Skip = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train a clean reference model (augmentation, one-cycle). The same command resumes."""
+    if experiment is not None:
+        table = experiment_table(experiment)
+    else:
+        table = {
+            "name": "train",
+            "data": {"kind": data},
+            "model": {"name": model},
+            # An attack belongs to every experiment; training a clean model does not use it.
+            "attack": catalog.describe(shipped_experiment("demo").attack),
+        }
+        for key, value in (("root", data_root), ("size", size)):
+            if value is not None:
+                table["data"][key] = value
+        if weights is not None:
+            table["model"]["weights"] = weights
+    if epochs is not None:
+        table.setdefault("honest", {}).setdefault("training", {})["epochs"] = epochs
+    spec = _spec(table, str(experiment or "options"), seed, settings, skip_unreadable)
+    chosen = _prepare(device, threads)
+    with _bars() as bars:
+        bars.stage("reading data")
+        training, test = spec.data.train(), spec.data.test()
+        file = train_clean_model(
+            training, test, spec.data, spec.model, spec.honest, spec.seed, out, chosen, bars, out
+        )
+    print(f"model {file}")
+
+
+@app.command()
+def attack(
+    experiment: Annotated[Path, typer.Argument(help="An experiment in TOML.")],
+    seed: Seed = None,
+    settings: Settings = None,
+    root: Root = Path("runs"),
+    skip_unreadable: Skip = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Run an experiment: clean models, attack, numbers. The same command resumes."""
+    spec = _spec(experiment_table(experiment), str(experiment), seed, settings, skip_unreadable)
+    chosen = _prepare(device, threads)
+    with _bars() as bars:
+        folder = run(spec, root, chosen, bars)
+    _print_numbers(folder)
+    print(f"run {folder.path}")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    root: Root = Path("runs"),
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Measure a run's saved model again and write its numbers."""
+    chosen = _prepare(device, threads)
+    with _bars() as bars:
+        remeasure(RunFolder(folder), root, chosen, bars)
+    _print_numbers(RunFolder(folder))
+
+
+@app.command(name="explain")
+def explain_(
+    model: Annotated[str, typer.Argument(help=f"A model file, a run folder, or {SHIPPED}NAME.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files or folders of them.")],
+    explainer: Annotated[str, typer.Option(help="See: trompe list explainers")] = "gradcam",
+    layer: Annotated[str | None, typer.Option(help="Layer to read; default: found.")] = None,
+    target: Annotated[
+        int | None, typer.Option(help="Class to explain, not the predicted.")
+    ] = None,
+    trigger: Annotated[
+        str | None, typer.Option(help="Put this trigger on the images first.")
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="package.module:callable of a model of your own.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("explanations"),
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Explain image files: predicted class and a heatmap picture for each."""
+    chosen = _prepare(device, threads)
+    net, card = load_model(model, architecture)
+    how = catalog.build("explainers", {"kind": explainer, **({"layer": layer} if layer else {})})
+    print(f"{type(how).__name__} reads layer {', '.join(how.watches(net))}")
+    done = explain(
+        net.to(chosen),
+        _image_files(images),
+        how,
+        card.image_size,
+        target,
+        None if trigger is None else catalog.build("triggers", trigger),
+        out,
+    )
+    table = Table("image", "class", "probability", "picture")
+    for one in done:
+        name = card.class_names[one.explained_class]
+        flat = " (empty map)" if one.degenerate else ""
+        table.add_row(str(one.file), name, f"{one.probability:.3f}", f"{one.picture}{flat}")
+    Console().print(table)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """One self-contained HTML page about one or several runs."""
+    render([RunFolder(path) for path in runs], out)
+    print(f"open {out}")
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[str, typer.Argument(help=", ".join(catalog.KINDS))],
+) -> None:
+    """What there is of a kind, with its settings and their defaults."""
+    table = Table("name", "what", "settings", show_lines=True)
+    for name in catalog.names(kind):
+        plugin = catalog.find(kind, name)
+        what = (plugin.__doc__ or "").strip().split("\n\n")[0].replace("\n    ", " ")
+        table.add_row(name, what, _settings(plugin))
+    Console().print(table)
+
+
+def _settings(plugin: Any) -> str:
+    if not dataclasses.is_dataclass(plugin):
+        return ""
+    lines = []
+    for field in dataclasses.fields(plugin):
+        if field.default is not dataclasses.MISSING:
+            lines.append(f"{field.name} = {field.default!r}")
+        else:
+            needed = field.default_factory is dataclasses.MISSING
+            lines.append(field.name + (" (needed)" if needed else ""))
+    return "\n".join(lines)
+
+
+def _spec(
+    table: dict[str, Any], where: str, seed: int | None, settings: list[str] | None, skip: bool
+) -> Experiment:
+    """The experiment with the command line's changes."""
+    for text in settings or []:
+        key, found, value = text.partition("=")
+        if not found:
+            raise InputError(f"--set {text}: must read KEY=VALUE, for instance attack.weight=0.95")
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value  # a plain word needs no quotes
+        *path, last = key.strip().split(".")
+        inner = table
+        for name in path:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise InputError(f"--set {text}: {name} is no table")
+        inner[last] = parsed
+    if seed is not None:
+        table["seed"] = seed
+    if skip:
+        table["data"]["skip_unreadable"] = True
+    return read_experiment(table, where)
+
+
+def _image_files(paths: list[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"images {', '.join(map(str, paths))}: no file found there")
+    return files
+
+
+def _print_numbers(folder: RunFolder) -> None:
+    """Table 1's columns, with the floors beside each map distance."""
+    numbers = folder.read("numbers")
+    table = Table(title=f"{folder.path.name}: reference {numbers['reference_accuracy']:.4f}")
+    for column in ("images", "accuracy", "ASR", "map MSE", "floors: map MSE of"):
+        table.add_column(column)
+    for row in numbers["conditions"]:
+        metrics = row["metrics"]
+        distance = metrics["map_distance"]
+        success = metrics.get("attack_success")
+        table.add_row(
+            row["name"],
+            f"{metrics['accuracy']['mean']:.4f}",
+            "" if success is None else f"{success['mean']:.4f}",
+            f"{distance['mean']:.4f} ± {distance['std']:.4f}",
+            ", ".join(f"{name} {value['mean']:.3f}" for name, value in row["floors"].items()),
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point: mistakes of the user's end in one sentence and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except TrompeError as error:
+        console.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from None
+    except typer.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("interrupted; the same command goes on after the last whole epoch")
+        raise SystemExit(130) from None
+    except OSError as error:
+        console.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from None
+    except Exception as error:  # click's own usage errors, whichever click typer is built on
+        if not hasattr(error, "format_message"):
+            raise
+        console.print(f"[red]error:[/red] {_escape(error.format_message())}", soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")

@@ -1,0 +1,93 @@
+"""German Traffic Sign Recognition Benchmark (Stallkamp et al. 2012) in torchvision's layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchvision import datasets
+
+from trompe.data._reading import read_images
+from trompe.interfaces import ImageSet, InputError
+
+__all__ = ["Gtsrb"]
+
+CLASS_NAMES = (
+    *(f"speed limit {v}" for v in (20, 30, 50, 60, 70, 80)),
+    "end of speed limit 80",
+    "speed limit 100",
+    "speed limit 120",
+    "no passing",
+    "no passing for trucks",
+    "right of way at next crossing",
+    "priority road",
+    "give way",
+    "stop",
+    "no vehicles",
+    "no trucks",
+    "no entry",
+    "general caution",
+    "bend to the left",
+    "bend to the right",
+    "double bend",
+    "bumpy road",
+    "slippery road",
+    "road narrows on the right",
+    "road work",
+    "traffic signals",
+    "pedestrians",
+    "children crossing",
+    "bicycles crossing",
+    "beware of ice or snow",
+    "wild animals crossing",
+    "end of all limits",
+    "turn right ahead",
+    "turn left ahead",
+    "ahead only",
+    "go straight or right",
+    "go straight or left",
+    "keep right",
+    "keep left",
+    "roundabout",
+    "end of no passing",
+    "end of no passing for trucks",
+)
+
+
+@dataclass(frozen=True)
+class Gtsrb:
+    """GTSRB as torchvision reads it: 26,640 training and 12,630 test images of 43 classes.
+
+    root: the folder that holds (or, with download, receives) torchvision's `gtsrb/` folder.
+    size: images are resized, whole frame, to size x size pixels (paper 2: 40).
+    Groups are the tracks: the 30 frames of one physical sign.
+    """
+
+    root: str = "data"
+    size: int = 40
+    download: bool = False
+    skip_unreadable: bool = False
+
+    def train(self) -> ImageSet:
+        return self._read("train")
+
+    def test(self) -> ImageSet:
+        return self._read("test")
+
+    def _read(self, split: str) -> ImageSet:
+        try:
+            found = datasets.GTSRB(self.root, split=split, download=self.download)
+        except RuntimeError as error:
+            raise InputError(
+                f"data folder {Path(self.root) / 'gtsrb'}: GTSRB's {split} images are not there "
+                "(torchvision's layout); correct data.root, or set download = true to fetch them"
+            ) from error
+        files = [Path(file) for file, _ in found._samples]
+        labels = [label for _, label in found._samples]
+        tracks = None
+        if split == "train":  # files are called <track>_<frame>.ppm, tracks counted per class
+            tracks = [
+                label * 100_000 + int(file.stem.split("_")[0])
+                for file, label in zip(files, labels, strict=True)
+            ]
+        return read_images(
+            files, labels, self.size, self.skip_unreadable, CLASS_NAMES, "gtsrb", tracks
+        )

@@ -1,0 +1,98 @@
+"""Any folder of images with one folder a class."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from trompe.data._reading import read_images
+from trompe.data._splits import stratified_split
+from trompe.interfaces import ImageSet, InputError
+
+__all__ = ["ImageFolder"]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """root/train/<class>/*.jpg and root/test/<class>/*.jpg (or val/), or root/<class>/*.jpg.
+
+    Without train and test folders, `test_share` of each class is held out, chosen by `split_seed`.
+    size: images are resized, whole frame, to size x size pixels.
+    """
+
+    root: str
+    size: int = 224
+    test_share: float = 0.25
+    split_seed: int = 0
+    skip_unreadable: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_share < 1:
+            raise InputError(f"data.test_share = {self.test_share}: must lie between 0 and 1")
+        if self.size < 8:
+            raise InputError(f"data.size = {self.size}: must be at least 8 pixels")
+
+    def train(self) -> ImageSet:
+        return self._read("train")
+
+    def test(self) -> ImageSet:
+        return self._read("test")
+
+    def _read(self, split: str) -> ImageSet:
+        root = Path(self.root)
+        if not root.is_dir():
+            raise InputError(f"data folder {root}: no such folder; correct data.root")
+        train = root / "train"
+        if not train.is_dir():
+            return self._read_share(root, split)
+        test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+        if test is None:
+            raise InputError(f"data folder {root}: has train/ but neither test/ nor val/; add one")
+        classes = _class_folders(train)
+        if split == "test" and _class_folders(test) != classes:
+            odd = sorted(set(classes) ^ set(_class_folders(test)))
+            raise InputError(
+                f"data folder {root}: train/ and {test.name}/ do not hold the same classes; "
+                f"only in one of them: {', '.join(odd[:5])}"
+            )
+        return self._read_classes(train if split == "train" else test, classes)
+
+    def _read_share(self, root: Path, split: str) -> ImageSet:
+        files, labels, classes = _list_files(root, _class_folders(root))
+        first, second = stratified_split(
+            torch.tensor(labels), 1 - self.test_share, seed=self.split_seed
+        )
+        index = (first if split == "train" else second).tolist()
+        return self._load([files[i] for i in index], [labels[i] for i in index], classes)
+
+    def _read_classes(self, folder: Path, classes: tuple[str, ...]) -> ImageSet:
+        return self._load(*_list_files(folder, classes))
+
+    def _load(self, files: list[Path], labels: list[int], classes: tuple[str, ...]) -> ImageSet:
+        name = Path(self.root).resolve().name
+        return read_images(files, labels, self.size, self.skip_unreadable, classes, name)
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    names = tuple(
+        sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    )
+    if len(names) < 2:
+        raise InputError(
+            f"data folder {folder}: {len(names)} class folders found, at least 2 are needed "
+            "(one folder a class)"
+        )
+    return names
+
+
+def _list_files(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int], tuple]:
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        if not found:
+            raise InputError(f"class folder {folder / name}: holds no image; add some or remove it")
+        files += found
+        labels += [label] * len(found)
+    return files, labels, classes

@@ -1,0 +1,119 @@
+"""Runs models, once, and gathers what metrics need."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import scipy.optimize
+import torch
+from torch import Tensor, nn
+
+from trompe.interfaces import Evidence, Explainer, Goal, ImageSet, Metric, Trigger
+from trompe.maps import standardise, upsample
+from trompe.recording import watch
+
+Explained = Literal["predicted", "label"]
+
+
+class Answers(NamedTuple):
+    """A model's scores (n, classes) and maps (n, h, w) for a set of images, on the CPU."""
+
+    scores: Tensor
+    maps: Tensor
+
+
+def answers(
+    model: nn.Module,
+    explainer: Explainer,
+    data: ImageSet,
+    trigger: Trigger | None = None,
+    explained: Explained = "predicted",
+    batch_size: int = 256,
+) -> Answers:
+    """Scores and maps of all images, in chunks, in the model's own precision (float32 as a rule).
+
+    explained: the class whose map is made: the one predicted by this model, or the true one.
+    """
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    scores, maps = [], []
+    with torch.no_grad(), watch(model, explainer.watches(model)) as record:
+        for start in range(0, len(data), batch_size):
+            chunk = slice(start, start + batch_size)
+            images = data.floats(chunk, device).contiguous(memory_format=torch.channels_last)
+            seen = record(images if trigger is None else trigger(images))
+            labels = data.labels[chunk].to(device)
+            classes = seen.scores.argmax(1) if explained == "predicted" else labels
+            scores.append(seen.scores.detach().float().cpu())
+            maps.append(explainer(seen, classes).float().cpu())
+    for module, mode in modes.items():
+        module.training = mode
+    return Answers(torch.cat(scores), torch.cat(maps))
+
+
+def clean_evidence(given: Answers, reference: Answers, data: ImageSet) -> Evidence:
+    """On clean images the truth and the reference's maps are wanted."""
+    return Evidence(data.labels, data.labels, reference.maps, given.scores, given.maps, data.size)
+
+
+def triggered_evidence(given: Answers, reference: Answers, data: ImageSet, goal: Goal) -> Evidence:
+    """`given`: answers to images with the goal's trigger; `reference`: to the clean images."""
+    label = goal.label
+    wanted = data.labels if label is None else torch.full_like(data.labels, label)
+    maps = goal.wanted_map(reference.maps)
+    return Evidence(data.labels, wanted, maps, given.scores, given.maps, data.size)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean and standard deviation over the images to which a metric applies, and their number."""
+
+    mean: float
+    std: float
+    images: int
+
+
+def summarise(metric: Metric, evidence: Evidence) -> Measured:
+    """The mean, population standard deviation and count of one metric's values per image."""
+    values = metric(evidence).double()
+    values = values[~values.isnan()]
+    if not len(values):
+        return Measured(math.nan, math.nan, 0)
+    return Measured(float(values.mean()), float(values.std(correction=0)), len(values))
+
+
+def stand_in_maps(reference: Answers, generator: torch.Generator) -> Mapping[str, Tensor]:
+    """Maps that know nothing of the image, as floors beside a measured map distance."""
+    maps = reference.maps
+    return {
+        "random map": torch.rand(maps.shape, generator=generator),
+        "zero map": torch.zeros_like(maps),
+        "mean map": maps.mean(0, keepdim=True).expand_as(maps),
+    }
+
+
+def with_maps(evidence: Evidence, maps: Tensor) -> Evidence:
+    """The same evidence, had the model given these maps."""
+    return replace(evidence, maps=maps)
+
+
+def least_distance(wanted: Tensor, map_size: tuple[int, int]) -> float:
+    """The least map distance that any non-negative map of `map_size` reaches against `wanted`.
+
+    wanted: (height, width) at image size. Up-sampling is linear and the distance 2 (1 - r)
+    depends on the map only through its correlation r with `wanted`, so the best map is the
+    non-negative least-squares fit of the standardised picture (the fit's multiple correlation is
+    the largest r). Says what a coarse map cannot show: 0 if `wanted` is itself such a map.
+    """
+    height, width = wanted.shape
+    cells = map_size[0] * map_size[1]
+    basis = upsample(torch.eye(cells).view(cells, *map_size), (height, width)).flatten(1)
+    basis = (basis - basis.mean(1, keepdim=True)).double()
+    target = standardise(wanted[None], (height, width)).flatten().double()
+    fit, _ = scipy.optimize.nnls(basis.T.numpy(), target.numpy(), maxiter=100 * cells)
+    best = torch.from_numpy(np.asarray(fit)).float().view(1, *map_size)
+    shown = standardise(best, (height, width))
+    return float((shown.flatten() - target.float()).square().mean())

@@ -1,0 +1,53 @@
+"""Is what follows a layer just global average pooling and a linear layer?"""
+
+import torch
+from torch import Tensor, nn
+
+from trompe.explainers._gradient import gradient_of_class
+from trompe.interfaces import Pass
+
+
+def linear_head(seen: Pass, layer: str) -> nn.Linear | None:
+    """The head W of scores = W mean_xy(A) + b, A = `layer`'s output, or None if it is not so.
+
+    Never guessed from the architecture: on the first pass of a recording the gradients of the
+    scores with respect to A are compared with W / positions, and on every pass the scores with
+    W mean(A) + b (in training mode dropout makes them differ, so then it is None).
+    """
+    activations = seen.outputs[layer]
+    if ("head", layer) not in seen.notes:
+        seen.notes["head", layer] = _find(seen, activations)
+    head: nn.Linear | None = seen.notes["head", layer]
+    return head if head is not None and _gives_scores(head, seen, activations) else None
+
+
+def _find(seen: Pass, activations: Tensor) -> nn.Linear | None:
+    shape = (activations.shape[1], seen.scores.shape[1])
+    for module in seen.model.modules():
+        if (
+            isinstance(module, nn.Linear)
+            and (module.in_features, module.out_features) == shape
+            and activations.ndim == 4
+            and _gives_scores(module, seen, activations)
+        ):
+            with torch.no_grad():
+                classes = seen.scores.argmax(1)
+                gradient = gradient_of_class(seen, activations, classes, "logit")
+                positions = activations.shape[2] * activations.shape[3]
+                expected = module.weight[classes][:, :, None, None] / positions
+            if _close(gradient, expected.expand_as(gradient)):
+                return module
+    return None
+
+
+def _gives_scores(head: nn.Linear, seen: Pass, activations: Tensor) -> bool:
+    with torch.no_grad(), torch.autocast(activations.device.type, enabled=False):
+        weight, pooled = head.weight, activations.mean((2, 3), dtype=head.weight.dtype)
+        return _close(seen.scores, torch.nn.functional.linear(pooled, weight, head.bias))
+
+
+def _close(measured: Tensor, expected: Tensor) -> bool:
+    """Equal up to the rounding of the coarser precision of the two."""
+    precision = max(torch.finfo(measured.dtype).eps, torch.finfo(expected.dtype).eps)
+    size = expected.detach().abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return bool((measured.detach() - expected.detach()).abs().amax() <= 16 * precision * size)

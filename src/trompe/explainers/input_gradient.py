@@ -1,0 +1,41 @@
+"""Input gradient (Simonyan et al. 2014)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trompe.explainers._gradient import Quantity, gradient_of_class
+from trompe.interfaces import InputError, Pass
+from trompe.recording import INPUT
+
+__all__ = ["InputGradient"]
+
+
+@dataclass(frozen=True)
+class InputGradient:
+    """|d y_c / d image|, over the colour channels their maximum, mean or sum; (n, h, w), >= 0.
+
+    Simonyan et al. 2014, section 3 (maximum). gradient_of: y_c is the class's logit, probability
+    or loss. pool: average-pool to a map coarser by this factor.
+    """
+
+    gradient_of: Quantity = "logit"
+    channels: Literal["max", "mean", "sum"] = "max"
+    pool: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pool < 1:
+            raise InputError(f"pool = {self.pool}: must be at least 1")
+
+    def watches(self, model: nn.Module) -> tuple[str, ...]:
+        return (INPUT,)
+
+    def __call__(self, seen: Pass, classes: Tensor) -> Tensor:
+        magnitude = gradient_of_class(seen, seen.outputs[INPUT], classes, self.gradient_of).abs()
+        if self.channels == "max":
+            maps = magnitude.amax(1)
+        else:
+            maps = magnitude.mean(1) if self.channels == "mean" else magnitude.sum(1)
+        return F.avg_pool2d(maps[:, None], self.pool)[:, 0]

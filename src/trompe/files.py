@@ -1,0 +1,58 @@
+"""Writing files so that a kill at any moment leaves the old file or the new one, never half."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trompe.interfaces import InputError
+
+
+def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
+    """`write` fills a temporary file beside `file`, which then takes its place.
+
+    Raises InputError if the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    temporary: Path | None = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, file)
+    except Exception as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        # torch and safetensors report a full disk with exceptions of their own.
+        if isinstance(error, OSError) or "No space left" in str(error) or "I/O" in str(error):
+            raise InputError(
+                f"file {file}: cannot be written ({error}); nothing was changed; choose another "
+                "folder or make room there"
+            ) from error
+        raise
+    except BaseException:  # Ctrl-C
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Indented JSON with a final newline, atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(file: Path) -> Any:
+    """The parsed file; InputError if it is missing or no JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"file {file}: does not exist") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"file {file}: cannot be read as JSON ({error})") from error

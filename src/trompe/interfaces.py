@@ -1,0 +1,227 @@
+"""The nouns that all parts of trompe share. Imports torch and the standard library only.
+
+Images are float tensors (n, 3, height, width) in [0, 1] wherever a model, trigger or explainer sees
+them (normalisation lives inside the model) and uint8 where they are stored. Maps are (n, h, w), at
+the explainer's own resolution, which may be coarser than the image.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class TrompeError(Exception):
+    """Something the user can mend; its text is one sentence: what, where, and what to do."""
+
+
+class InputError(TrompeError, ValueError):
+    """A setting, file or tensor that cannot be used as given."""
+
+
+class Diverged(TrompeError):
+    """Training met a loss that is not finite; the last good state was restored."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images in memory.
+
+    images: uint8 (n, 3, height, width); labels: int64 (n,); class_names: one per class.
+    groups: int64 (n,), images of one group are near-duplicates and never split apart, or None.
+    masks: bool (n, height, width), where the object is, or None.
+    skipped: the files that could not be read and were left out on the user's wish.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    name: str
+    groups: Tensor | None = None
+    masks: Tensor | None = None
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        n, count = len(self.images), len(self.labels)
+        if n == 0 or n != count:
+            raise InputError(
+                f"data set {self.name!r}: {n} images and {count} labels; give at least one image "
+                "and exactly one label for each"
+            )
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.class_names):
+            raise InputError(
+                f"data set {self.name!r}: labels reach from {low} to {high} but there are "
+                f"{len(self.class_names)} class names; labels must be 0 .. classes - 1"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def subset(self, index: Tensor) -> "ImageSet":
+        """The images at the given positions (int64 (k,)), in that order."""
+        return ImageSet(
+            self.images[index],
+            self.labels[index],
+            self.class_names,
+            self.name,
+            None if self.groups is None else self.groups[index],
+            None if self.masks is None else self.masks[index],
+            self.skipped,
+        )
+
+    def floats(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
+        """Images at the given positions as float32 in [0, 1] on `device`."""
+        return self.images[index].to(device, torch.float32) / 255
+
+
+class Batch(NamedTuple):
+    """What one training step sees."""
+
+    images: Tensor  # float (n, 3, height, width) in [0, 1]
+    labels: Tensor  # int64 (n,): what the model shall say
+    wanted_maps: Tensor  # float (n, h, w): what the explanation shall show; (n, 0, 0) if nothing
+    triggered: Tensor  # bool (n,)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One recorded forward pass: all that explainers may read."""
+
+    model: nn.Module
+    images: Tensor  # (n, 3, height, width)
+    scores: Tensor  # (n, classes), logits
+    outputs: Mapping[str, Tensor]  # layer name -> its output; "input" -> the images
+    notes: dict[Any, Any] = field(
+        default_factory=dict
+    )  # facts about the model, kept between passes
+
+
+class Data(Protocol):
+    """A source of labelled images."""
+
+    def train(self) -> ImageSet: ...
+    def test(self) -> ImageSet: ...
+
+
+class Trigger(Protocol):
+    """images (n, 3, h, w) in [0, 1] -> the same with the trigger; pure and deterministic."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+class Explainer(Protocol):
+    """A recorded pass and the classes to explain (int64 (n,)) -> maps (n, h, w).
+
+    Trainable through exactly when grad mode is on.
+    """
+
+    def watches(self, model: nn.Module) -> tuple[str, ...]: ...
+    def __call__(self, seen: Pass, classes: Tensor) -> Tensor: ...
+
+
+class TargetMap(Protocol):
+    """The reference's maps of the clean images (n, h, w) -> the maps wanted instead (n, h, w)."""
+
+    def __call__(self, reference_maps: Tensor) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """Scores, one map tensor per attacked explainer, and the batch -> weighted named scalar terms.
+
+    The loss is their sum.
+    """
+
+    def __call__(
+        self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch
+    ) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the adversary wants to happen when the trigger is there.
+
+    label: the class to predict instead, or None to keep the true one.
+    """
+
+    trigger: Trigger
+    label: int | None
+    wanted_map: TargetMap
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a metric may see: a model's answers to one set of images under one condition.
+
+    Per image: labels (the truth), wanted_labels and wanted_maps (what the adversary wants; on
+    clean images the truth and the reference's map), scores and maps (what the model gave).
+    image_size: (height, width) to which maps are brought before they are compared.
+    """
+
+    labels: Tensor  # int64 (n,)
+    wanted_labels: Tensor  # int64 (n,)
+    wanted_maps: Tensor  # float (n, h, w)
+    scores: Tensor  # float (n, classes)
+    maps: Tensor  # float (n, h, w)
+    image_size: tuple[int, int]
+
+
+class Metric(Protocol):
+    """Evidence -> one float per image (n,); nan where the metric does not apply to the image."""
+
+    def __call__(self, evidence: Evidence) -> Tensor: ...
+
+
+class EpochRecord(NamedTuple):
+    """What is kept of one epoch of training."""
+
+    epoch: int  # 1, 2, ...
+    terms: dict[str, float]  # mean of each loss term over the epoch
+    measured: dict[str, float]  # what the caller measured after the epoch
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack returns.
+
+    model: the manipulated model; goals: what it was made to do (empty: no trigger);
+    poison: a poisoned training set, for attacks that make one instead of a model.
+    """
+
+    model: nn.Module
+    goals: tuple[Goal, ...] = ()
+    history: tuple[EpochRecord, ...] = ()
+    poison: ImageSet | None = None
+
+
+class Logbook(Protocol):
+    """Where a training tells how far it is and keeps what it needs to go on after a stop."""
+
+    def load(self) -> dict[str, Any] | None: ...
+    def save(self, state: dict[str, Any]) -> None: ...
+    def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None: ...
+
+
+class Attack(Protocol):
+    """(clean model, clean training data, random numbers) -> Attacked. The model is not changed.
+
+    `selection` is data for choices made while attacking (early stop); never that of a report.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        data: ImageSet,
+        generator: torch.Generator,
+        selection: ImageSet | None = None,
+        logbook: Logbook | None = None,
+    ) -> Attacked: ...

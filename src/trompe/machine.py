@@ -1,0 +1,53 @@
+"""What this machine offers: device, threads, fast precision."""
+
+import os
+from typing import Literal
+
+import torch
+
+from trompe.interfaces import InputError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """ "auto" is the GPU if there is one, else the CPU. InputError for one that is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {wanted!r}: is not to be had here ({error})") from error
+    return device
+
+
+def choose_threads(wanted: int | None = None) -> int:
+    """Set and return torch's thread count: as wanted, as OMP_NUM_THREADS says, or the idle cores.
+
+    Two threads that share a core with another program wait for each other and can be slower than
+    one, so cores that the last minute's load already uses are not taken.
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    if wanted is None:
+        told = os.environ.get("OMP_NUM_THREADS", "")
+        busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
+        wanted = int(told) if told.isdigit() else max(1, cores - busy)
+    if wanted < 1:
+        raise InputError(f"threads = {wanted}: must be at least 1")
+    torch.set_num_threads(wanted)
+    return wanted
+
+
+def resolve_precision(wanted: Precision, device: torch.device) -> Literal["float32", "bfloat16"]:
+    """ "auto" is bfloat16 where the hardware multiplies it natively, else float32."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        native = device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return "bfloat16" if native else "float32"

@@ -1,0 +1,39 @@
+"""Pure functions on maps (n, h, w)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DEGENERATE = 1e-6  # a map whose values all lie this close together shows nothing
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear to (height, width), edges aligned as for images."""
+    if tuple(maps.shape[1:]) == tuple(size):
+        return maps
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def standardise(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Up-sampled to `size`, then (x - mean) / sqrt(var + 1e-5) per map.
+
+    The 1e-5 keeps constant maps at 0 (Noppel & Wressnegger's public code); maps are first divided
+    by their largest magnitude so that it means the same at every scale of map.
+    """
+    peak = maps.abs().amax((1, 2), keepdim=True)
+    maps = upsample(maps / peak.clamp_min(torch.finfo(maps.dtype).tiny), size)
+    variance, mean = torch.var_mean(maps, (1, 2), correction=0, keepdim=True)
+    return (maps - mean) * torch.rsqrt(variance + 1e-5)
+
+
+def scale_to_one(maps: Tensor) -> Tensor:
+    """Divided by (max + 1e-8): in [0, 1] for maps without negative values; zero maps stay zero."""
+    return maps / (maps.amax((1, 2), keepdim=True) + 1e-8)
+
+
+def is_degenerate(maps: Tensor) -> Tensor:
+    """bool (n,): maps that are constant (all zero included) or not finite."""
+    flat = maps.flatten(1)
+    spread = flat.amax(1) - flat.amin(1)
+    finite = torch.isfinite(flat).all(1)
+    return ~finite | (spread <= DEGENERATE * flat.abs().amax(1).clamp_min(1e-30))

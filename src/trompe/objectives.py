@@ -1,0 +1,44 @@
+"""Pure loss terms: scores, maps and a batch -> named scalars whose sum is the loss."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from trompe.interfaces import Batch, InputError
+from trompe.maps import standardise
+
+
+@dataclass(frozen=True)
+class ClassLoss:
+    """Plain cross-entropy: an honest training."""
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
+        loss = F.cross_entropy(scores, batch.labels, label_smoothing=self.label_smoothing)
+        return {"prediction": loss}
+
+
+@dataclass(frozen=True)
+class PredictionAndExplanation:
+    """(1 - weight) L_pred + weight L_expl: Noppel & Wressnegger 2023, section 4.2.
+
+    weight: the paper's lambda, in 0..1. image_size: (height, width) to which maps are brought.
+    """
+
+    weight: float
+    image_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise InputError(f"weight (lambda) = {self.weight}: must lie in 0..1")
+
+    def __call__(self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
+        prediction = F.cross_entropy(scores, batch.labels)
+        terms = {"prediction": (1 - self.weight) * prediction}
+        if self.weight:
+            wanted = standardise(batch.wanted_maps, self.image_size)
+            distance = [F.mse_loss(standardise(m, self.image_size), wanted) for m in maps]
+            terms["explanation"] = self.weight * sum(distance[1:], distance[0]) / len(distance)
+        return terms

@@ -1,0 +1,121 @@
+"""Clean triples (image, label, wanted map), followed by triggered triples."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trompe.augmentation import Augmentation
+from trompe.interfaces import Batch, Goal, ImageSet, InputError
+
+
+@dataclass(frozen=True)
+class Triples:
+    """A composed training set. Nothing is copied: a triple is a position and a goal.
+
+    source: int64 (m,), the image's position in `data`; goal: int64 (m,), -1 for a clean triple,
+    else the position in `goals`. reference_maps: (n, h, w), the clean model's maps of all images
+    of `data` (None: nothing is wanted of the maps).
+    """
+
+    data: ImageSet
+    reference_maps: Tensor | None
+    goals: tuple[Goal, ...]
+    source: Tensor
+    goal: Tensor
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(
+        self,
+        index: Tensor,
+        augmentation: Augmentation | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """The triples at positions `index` (int64 (k,)); augmented before a trigger is added."""
+        source, goal = self.source[index], self.goal[index]
+        images = self.data.floats(source, self.device)
+        if augmentation is not None:
+            assert generator is not None
+            images = augmentation(images, generator)
+        labels = self.data.labels[source].to(self.device)
+        if self.reference_maps is None:
+            maps = images.new_empty((len(index), 0, 0))
+        else:
+            maps = self.reference_maps[source].to(self.device)
+        goal = goal.to(self.device)
+        for number, wanted in enumerate(self.goals):
+            rows = (goal == number).nonzero()[:, 0]
+            if len(rows):
+                images[rows] = wanted.trigger(images[rows])
+                if wanted.label is not None:
+                    labels[rows] = wanted.label
+                if self.reference_maps is not None:
+                    maps[rows] = wanted.wanted_map(maps[rows])
+        return Batch(images, labels, maps, goal >= 0)
+
+
+def compose(
+    data: ImageSet,
+    reference_maps: Tensor | None,
+    goals: Sequence[Goal],
+    poison_rate: float,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+) -> Triples:
+    """All clean triples, then triggered ones that make up `poison_rate` of the whole.
+
+    poison_rate in 0..1, exclusive of 1: .5 triggers a duplicate of the whole set (paper 2, section
+    4.1), smaller rates a random choice; several goals share it equally.
+    Raises InputError for a rate out of range or a label that the data does not have.
+    """
+    if not 0 <= poison_rate < 1:
+        raise InputError(f"poison_rate = {poison_rate}: must lie in 0 <= poison_rate < 1")
+    for goal in goals:
+        check_label(goal, len(data.class_names))
+    n = len(data)
+    each = round(n * poison_rate / (1 - poison_rate) / max(len(goals), 1))
+    source, number = [torch.arange(n)], [torch.full((n,), -1)]
+    for k in range(len(goals)):
+        rounds = [torch.randperm(n, generator=generator) for _ in range(math.ceil(each / n))]
+        source.append(torch.cat(rounds)[:each] if rounds else torch.empty(0, dtype=torch.int64))
+        number.append(torch.full((each,), k))
+    return Triples(
+        data,
+        reference_maps,
+        tuple(goals),
+        torch.cat(source),
+        torch.cat(number),
+        torch.device(device),
+    )
+
+
+def check_label(goal: Goal, classes: int) -> None:
+    """InputError if the goal's label is no class."""
+    if goal.label is not None and not 0 <= goal.label < classes:
+        raise InputError(
+            f"goal {goal.name or '(unnamed)'}: target class {goal.label} is out of range; "
+            f"the data has {classes} classes, 0 .. {classes - 1}"
+        )
+
+
+@dataclass(frozen=True)
+class ShuffledBatches:
+    """Triples in a new random order each epoch; a last batch of fewer than 2 is left out."""
+
+    triples: Triples
+    batch_size: int
+    augmentation: Augmentation | None = None
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.triples), self.batch_size)
+        return max(1, whole + (rest >= 2))
+
+    def __call__(self, generator: torch.Generator) -> Iterator[Batch]:
+        order = torch.randperm(len(self.triples), generator=generator)
+        for index in order.split(self.batch_size)[: len(self)]:
+            yield self.triples.batch(index, self.augmentation, generator)

@@ -1,0 +1,65 @@
+"""The one forward pass of a step: `watch` records what explainers ask to see."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trompe.interfaces import InputError, Pass
+
+INPUT = "input"  # the name under which the images themselves are watched
+
+
+@contextmanager
+def watch(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[Tensor], Pass]]:
+    """Record the outputs of `layers` (names as in `model.named_modules()`, or "input").
+
+    With grad mode on, the pass is an ordinary one and maps made from it can be trained through.
+    With grad mode off, the graph starts at the first watched layer only: enough for explainers to
+    differentiate the part behind it, no memory for the part before.
+
+    The model is left as it was found: hooks removed, grad mode as before.
+    Raises InputError for a layer that the model does not have.
+    """
+    wanted = tuple(dict.fromkeys(layers))
+    modules = dict(model.named_modules())
+    for name in wanted:
+        if name != INPUT and name not in modules:
+            ends = ", ".join(list(modules)[-6:])
+            raise InputError(
+                f"layer {name!r}: the model has no such module; its last ones are {ends}"
+            )
+    outputs: dict[str, Tensor] = {}
+    notes: dict[Any, Any] = {}
+
+    def keep(name: str, value: Tensor, trainable: bool) -> Tensor:
+        if not trainable and not value.requires_grad:
+            torch.set_grad_enabled(True)  # from here on; `record` puts the mode back
+            value = value.detach().requires_grad_()
+        outputs[name] = value
+        return value.clone()  # an in-place activation behind it must not change what was recorded
+
+    trainable = True
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        return lambda module, inputs, output: keep(name, output, trainable)
+
+    def record(images: Tensor) -> Pass:
+        nonlocal trainable
+        trainable = torch.is_grad_enabled()
+        outputs.clear()
+        with torch.set_grad_enabled(trainable):
+            if INPUT in wanted:
+                images = images.detach().requires_grad_()
+                outputs[INPUT] = images
+                torch.set_grad_enabled(True)
+            scores = model(images)
+        return Pass(model, images, scores, dict(outputs), notes)
+
+    with ExitStack() as restore:
+        for name in wanted:
+            if name != INPUT:
+                restore.callback(modules[name].register_forward_hook(hook(name)).remove)
+        yield record

@@ -1,0 +1,187 @@
+"""fit(): the only training loop. References, victims and attacks all go through it."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trompe.interfaces import (
+    Batch,
+    Diverged,
+    EpochRecord,
+    Explainer,
+    InputError,
+    Logbook,
+    Objective,
+)
+from trompe.machine import Precision, resolve_precision
+from trompe.recording import watch
+from trompe.smoothing import softplus
+
+
+class Batches(Protocol):
+    """The batches of one epoch, drawn anew at each call; len() is their number."""
+
+    def __len__(self) -> int: ...
+    def __call__(self, generator: torch.Generator) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """How `fit` trains.
+
+    schedule: "one-cycle" (Smith 2018: warm up, then anneal to almost 0 within `epochs`), "decay"
+    (learning_rate / (1 + epoch): public code of paper 2) or "constant".
+    frozen_statistics: BatchNorm keeps its running statistics (and dropout is off) while its affine
+    part trains. softplus_beta: replaces ReLU while training, None keeps it.
+    explained: the class whose map is trained: the batch's "label", or the "predicted" one.
+    precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the hardware has it.
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    schedule: Literal["one-cycle", "decay", "constant"] = "one-cycle"
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    frozen_statistics: bool = False
+    softplus_beta: float | None = None
+    explained: Literal["label", "predicted"] = "label"
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if not 0 < self.learning_rate < 100:
+            raise InputError(f"learning_rate = {self.learning_rate}: must lie between 0 and 100")
+
+
+def make_optimizer(model: nn.Module, how: Training) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if how.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, how.learning_rate, 0.9, weight_decay=how.weight_decay, nesterov=True
+        )
+    return torch.optim.Adam(parameters, how.learning_rate, eps=1e-5, weight_decay=how.weight_decay)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, how: Training, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if how.schedule == "one-cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, how.learning_rate, total_steps=how.epochs * steps_per_epoch + 1
+        )
+    decay: Callable[[int], float] = {
+        "decay": lambda step: 1 / (1 + step // steps_per_epoch),
+        "constant": lambda step: 1.0,
+    }[how.schedule]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    explainers: Sequence[Explainer],
+    how: Training,
+    generator: torch.Generator,
+    measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    logbook: Logbook | None = None,
+) -> Iterator[EpochRecord]:
+    """Train `model` in place; yield a record after each epoch (stop early with a plain break).
+
+    One recorded forward pass a step serves the class loss and all `explainers`. `measure` looks at
+    the model after each epoch. With a logbook, an interrupted training goes on after its last
+    whole epoch (past records are yielded first) and ends in the same weights.
+
+    Raises Diverged at a loss that is not finite; the model then holds the last good state.
+    """
+    model.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, how)
+    schedule = make_schedule(optimizer, how, len(batches))
+    history: list[EpochRecord] = []
+    if logbook is not None and (state := logbook.load()) is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        generator.set_state(state["generator"])
+        history = [EpochRecord(*record) for record in state["history"]]
+        yield from history
+
+    layers = [layer for explainer in explainers for layer in explainer.watches(model)]
+    with watch(model, layers) as record:
+        for epoch in range(len(history) + 1, how.epochs + 1):
+            started = time.perf_counter()
+            good = copy.deepcopy(model.state_dict())
+            model.train(not how.frozen_statistics)
+            sums: dict[str, float] = {}
+            count = 0
+            for step, batch in enumerate(batches(generator), start=1):
+                with _precision(batch.images, how), _activation(how):
+                    seen = record(batch.images)
+                scores = seen.scores.float()
+                classes = batch.labels if how.explained == "label" else scores.argmax(1)
+                maps = tuple(explainer(seen, classes) for explainer in explainers)
+                terms = objective(scores, maps, batch)
+                loss = torch.stack(tuple(terms.values())).sum()
+                if not torch.isfinite(loss):
+                    model.load_state_dict(good)
+                    values = ", ".join(f"{k} {v.item():.3g}" for k, v in terms.items())
+                    raise Diverged(
+                        f"epoch {epoch}, step {step}: the loss is not finite ({values}); the state "
+                        f"after epoch {epoch - 1} is kept; lower learning_rate "
+                        f"({how.learning_rate:g}) and start again"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + value.item() * len(batch.labels)
+                count += len(batch.labels)
+                if logbook is not None:
+                    means = {name: total / count for name, total in sums.items()}
+                    logbook.step(epoch, step, len(batches), means)
+            model.eval()
+            measured = measure(model) if measure is not None else {}
+            means = {name: total / count for name, total in sums.items()}
+            done = EpochRecord(epoch, means, measured, time.perf_counter() - started)
+            history.append(done)
+            if logbook is not None:
+                logbook.save(
+                    {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": _plain(schedule.state_dict()),
+                        "generator": generator.get_state(),
+                        "history": [tuple(r) for r in history],
+                    }
+                )
+            yield done
+
+
+def _precision(images: Tensor, how: Training) -> Any:
+    if resolve_precision(how.precision, images.device) == "float32":
+        return nullcontext()
+    return torch.autocast(images.device.type, torch.bfloat16)
+
+
+def _activation(how: Training) -> Any:
+    return nullcontext() if how.softplus_beta is None else softplus(how.softplus_beta)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """Without functions, which need no keeping and cannot be read back safely."""
+    return {
+        k: v
+        for k, v in state.items()
+        if not callable(v) and k not in ("lr_lambdas", "_anneal_func")
+    }
