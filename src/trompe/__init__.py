@@ -9,6 +9,8 @@ from trompe.experiment import (
     read_experiment,
     remeasure,
     run,
+    run_folder,
+    shipped_experiment,
     train_clean_model,
 )
 from trompe.explaining import explain
@@ -51,7 +53,9 @@ __all__ = [
     "read_experiment",
     "remeasure",
     "run",
+    "run_folder",
     "save_model",
+    "shipped_experiment",
     "train_clean_model",
     "watch",
 ]

@@ -34,7 +34,6 @@ from trompe.experiment import (
 from trompe.explaining import explain
 from trompe.interfaces import EpochRecord, InputError, TrompeError
 from trompe.machine import choose_device, choose_threads
-from trompe.report import render
 from trompe.runs import RunFolder
 
 app = typer.Typer(
@@ -89,7 +88,8 @@ class Bars:
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Bars]:
+def progress_bars() -> Iterator[Bars]:
+    """A live display on standard error."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -117,9 +117,11 @@ def demo(
 ) -> None:
     """A dual attack on drawn traffic signs: a few minutes, no download, ends in a report."""
     chosen = _prepare(device, threads)
-    with _bars() as bars:
+    with progress_bars() as bars:
         folder = run(shipped_experiment("demo"), out, chosen, bars)
     file = out / "report.html"
+    from trompe.report import render
+
     render([folder], file)
     _print_numbers(folder)
     print(f"open {file}")
@@ -167,7 +169,7 @@ def train(
         table.setdefault("honest", {}).setdefault("training", {})["epochs"] = epochs
     spec = _spec(table, str(experiment or "options"), seed, settings, skip_unreadable)
     chosen = _prepare(device, threads)
-    with _bars() as bars:
+    with progress_bars() as bars:
         bars.stage("reading data")
         training, test = spec.data.train(), spec.data.test()
         file = train_clean_model(
@@ -189,7 +191,7 @@ def attack(
     """Run an experiment: clean models, attack, numbers. The same command resumes."""
     spec = _spec(experiment_table(experiment), str(experiment), seed, settings, skip_unreadable)
     chosen = _prepare(device, threads)
-    with _bars() as bars:
+    with progress_bars() as bars:
         folder = run(spec, root, chosen, bars)
     _print_numbers(folder)
     print(f"run {folder.path}")
@@ -204,7 +206,7 @@ def evaluate(
 ) -> None:
     """Measure a run's saved model again and write its numbers."""
     chosen = _prepare(device, threads)
-    with _bars() as bars:
+    with progress_bars() as bars:
         remeasure(RunFolder(folder), root, chosen, bars)
     _print_numbers(RunFolder(folder))
 
@@ -215,9 +217,7 @@ def explain_(
     images: Annotated[list[Path], typer.Argument(help="Image files or folders of them.")],
     explainer: Annotated[str, typer.Option(help="See: trompe list explainers")] = "gradcam",
     layer: Annotated[str | None, typer.Option(help="Layer to read; default: found.")] = None,
-    target: Annotated[
-        int | None, typer.Option(help="Class to explain, not the predicted.")
-    ] = None,
+    target: Annotated[int | None, typer.Option(help="Class to explain, not the predicted.")] = None,
     trigger: Annotated[
         str | None, typer.Option(help="Put this trigger on the images first.")
     ] = None,
@@ -256,6 +256,8 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML page about one or several runs."""
+    from trompe.report import render
+
     render([RunFolder(path) for path in runs], out)
     print(f"open {out}")
 

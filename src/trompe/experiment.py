@@ -141,12 +141,12 @@ def run(
     """
     screen = screen or Silent()
     spec = catalog.describe(experiment)
-    folder = RunFolder(Path(root) / f"{experiment.name}-s{experiment.seed}-{fingerprint(spec)}")
+    folder = run_folder(experiment, root)
     if folder.finished:
         screen.note(f"{folder.path} is finished already")
         return folder
-    folder.open(spec)
     scene = set_up(experiment, root, device, screen)
+    folder.open(spec)
 
     made = provenance(torch.device(device))
     screen.stage("attack")
@@ -164,6 +164,12 @@ def run(
     _write_numbers(folder, experiment, scene, attacked, screen)
     logbook.close()
     return folder
+
+
+def run_folder(experiment: Experiment, root: Path | str = "runs") -> RunFolder:
+    """Where `run` keeps this experiment: its name, seed and a hash of all settings."""
+    digest = fingerprint(catalog.describe(experiment))
+    return RunFolder(Path(root) / f"{experiment.name}-s{experiment.seed}-{digest}")
 
 
 def remeasure(
@@ -322,7 +328,7 @@ def train_clean_model(
         torch.manual_seed(seed)
         classifier = build_model(model, len(train.class_names)).to(device)
     generator = torch.Generator().manual_seed(seed)
-    triples = compose(train, None, (), 0.0, generator, device)
+    triples = compose(train, (), (), 0.0, generator, device)
     batches = ShuffledBatches(triples, honest.training.batch_size, honest.augmentation)
     objective = ClassLoss(honest.training.label_smoothing)
     logbook = FileLogbook(folder.path / "checkpoint.pt", screen)

@@ -29,13 +29,13 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     except Exception as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if isinstance(error, TypeError | ValueError | LookupError | AttributeError):
+            raise  # a mistake in `write`, not in the disk
         # torch and safetensors report a full disk with exceptions of their own.
-        if isinstance(error, OSError) or "No space left" in str(error) or "I/O" in str(error):
-            raise InputError(
-                f"file {file}: cannot be written ({error}); nothing was changed; choose another "
-                "folder or make room there"
-            ) from error
-        raise
+        raise InputError(
+            f"file {file}: cannot be written ({error}); nothing was changed; choose another "
+            "folder or make room there"
+        ) from error
     except BaseException:  # Ctrl-C
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -87,7 +87,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # float (n, 3, height, width) in [0, 1]
     labels: Tensor  # int64 (n,): what the model shall say
-    wanted_maps: Tensor  # float (n, h, w): what the explanation shall show; (n, 0, 0) if nothing
+    wanted_maps: tuple[Tensor, ...]  # per attacked explainer float (n, h, w): what it shall show
     triggered: Tensor  # bool (n,)
 
 

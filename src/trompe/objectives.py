@@ -38,7 +38,11 @@ class PredictionAndExplanation:
         prediction = F.cross_entropy(scores, batch.labels)
         terms = {"prediction": (1 - self.weight) * prediction}
         if self.weight:
-            wanted = standardise(batch.wanted_maps, self.image_size)
-            distance = [F.mse_loss(standardise(m, self.image_size), wanted) for m in maps]
+            distance = [
+                F.mse_loss(
+                    standardise(given, self.image_size), standardise(wanted, self.image_size)
+                )
+                for given, wanted in zip(maps, batch.wanted_maps, strict=True)
+            ]
             terms["explanation"] = self.weight * sum(distance[1:], distance[0]) / len(distance)
         return terms

@@ -16,12 +16,12 @@ class Triples:
     """A composed training set. Nothing is copied: a triple is a position and a goal.
 
     source: int64 (m,), the image's position in `data`; goal: int64 (m,), -1 for a clean triple,
-    else the position in `goals`. reference_maps: (n, h, w), the clean model's maps of all images
-    of `data` (None: nothing is wanted of the maps).
+    else the position in `goals`. reference_maps: per attacked explainer (n, h, w), the clean
+    model's maps of all images of `data` (empty: nothing is wanted of the maps).
     """
 
     data: ImageSet
-    reference_maps: Tensor | None
+    reference_maps: tuple[Tensor, ...]
     goals: tuple[Goal, ...]
     source: Tensor
     goal: Tensor
@@ -43,10 +43,7 @@ class Triples:
             assert generator is not None
             images = augmentation(images, generator)
         labels = self.data.labels[source].to(self.device)
-        if self.reference_maps is None:
-            maps = images.new_empty((len(index), 0, 0))
-        else:
-            maps = self.reference_maps[source].to(self.device)
+        maps = tuple(known[source].to(self.device) for known in self.reference_maps)
         goal = goal.to(self.device)
         for number, wanted in enumerate(self.goals):
             rows = (goal == number).nonzero()[:, 0]
@@ -54,14 +51,14 @@ class Triples:
                 images[rows] = wanted.trigger(images[rows])
                 if wanted.label is not None:
                     labels[rows] = wanted.label
-                if self.reference_maps is not None:
-                    maps[rows] = wanted.wanted_map(maps[rows])
+                for of_explainer in maps:
+                    of_explainer[rows] = wanted.wanted_map(of_explainer[rows])
         return Batch(images, labels, maps, goal >= 0)
 
 
 def compose(
     data: ImageSet,
-    reference_maps: Tensor | None,
+    reference_maps: Sequence[Tensor],
     goals: Sequence[Goal],
     poison_rate: float,
     generator: torch.Generator,
@@ -86,7 +83,7 @@ def compose(
         number.append(torch.full((each,), k))
     return Triples(
         data,
-        reference_maps,
+        tuple(reference_maps),
         tuple(goals),
         torch.cat(source),
         torch.cat(number),

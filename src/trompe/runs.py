@@ -66,6 +66,12 @@ class RunFolder:
             )
         write_json(file, spec)
 
+    def discard_if_empty(self) -> None:
+        """Remove the folder if it holds nothing but its spec."""
+        if [file.name for file in self.path.iterdir()] == ["spec.json"]:
+            (self.path / "spec.json").unlink()
+            self.path.rmdir()
+
     def write(self, name: str, value: Any) -> None:
         """`value` as name.json."""
         write_json(self.path / f"{name}.json", value)

@@ -109,11 +109,11 @@ class ExplanationAwareBackdoors:
             goal.trigger(data.floats(slice(0, 1)))  # a trigger that does not fit is found here
         reference, model = model, copy.deepcopy(model)
         device = next(model.parameters()).device
-        maps = answers(reference, self.explainer, data).maps  # h_ref(x), once
+        explainers = (self.explainer,) if self.weight else ()
+        maps = [answers(reference, e, data).maps for e in explainers]  # h_ref(x), once
         triples = compose(data, maps, self.goals, self.poison_rate, generator, device)
         batches = ShuffledBatches(triples, self.training.batch_size, self.augmentation)
         objective = PredictionAndExplanation(self.weight, data.size)
-        explainers = (self.explainer,) if self.weight else ()
         measure = None if selection is None else Progress(reference, self, selection)
 
         history = []
