@@ -25,6 +25,7 @@ from trompe.interfaces import (
     TrompeError,
 )
 from trompe.recording import watch
+from trompe.report import render
 from trompe.runs import RunFolder
 from trompe.train import Training, fit
 
@@ -52,6 +53,7 @@ __all__ = [
     "names",
     "read_experiment",
     "remeasure",
+    "render",
     "run",
     "run_folder",
     "save_model",

@@ -34,6 +34,7 @@ from trompe.experiment import (
 from trompe.explaining import explain
 from trompe.interfaces import EpochRecord, InputError, TrompeError
 from trompe.machine import choose_device, choose_threads
+from trompe.report import render
 from trompe.runs import RunFolder
 
 app = typer.Typer(
@@ -120,8 +121,6 @@ def demo(
     with progress_bars() as bars:
         folder = run(shipped_experiment("demo"), out, chosen, bars)
     file = out / "report.html"
-    from trompe.report import render
-
     render([folder], file)
     _print_numbers(folder)
     print(f"open {file}")
@@ -256,8 +255,6 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML page about one or several runs."""
-    from trompe.report import render
-
     render([RunFolder(path) for path in runs], out)
     print(f"open {out}")
 

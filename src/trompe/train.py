@@ -3,13 +3,14 @@
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from trompe.folding import folded_statistics
 from trompe.interfaces import (
     Batch,
     Diverged,
@@ -116,15 +117,17 @@ def fit(
         history = [EpochRecord(*record) for record in state["history"]]
         yield from history
 
-    layers = [layer for explainer in explainers for layer in explainer.watches(model)]
-    with watch(model, layers) as record:
-        for epoch in range(len(history) + 1, how.epochs + 1):
+    layers = tuple(layer for explainer in explainers for layer in explainer.watches(model))
+    for epoch in range(len(history) + 1, how.epochs + 1):
+        with watch(model, layers) as record, ExitStack() as faster:
             started = time.perf_counter()
             good = copy.deepcopy(model.state_dict())
             model.train(not how.frozen_statistics)
             sums: dict[str, float] = {}
             count = 0
             for step, batch in enumerate(batches(generator), start=1):
+                if step == 1 and how.frozen_statistics:
+                    faster.enter_context(folded_statistics(model, batch.images[:2], layers))
                 with _precision(batch.images, how), _activation(how):
                     seen = record(batch.images)
                 scores = seen.scores.float()
@@ -150,22 +153,22 @@ def fit(
                 if logbook is not None:
                     means = {name: total / count for name, total in sums.items()}
                     logbook.step(epoch, step, len(batches), means)
-            model.eval()
-            measured = measure(model) if measure is not None else {}
-            means = {name: total / count for name, total in sums.items()}
-            done = EpochRecord(epoch, means, measured, time.perf_counter() - started)
-            history.append(done)
-            if logbook is not None:
-                logbook.save(
-                    {
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "schedule": _plain(schedule.state_dict()),
-                        "generator": generator.get_state(),
-                        "history": [tuple(r) for r in history],
-                    }
-                )
-            yield done
+        model.eval()
+        measured = measure(model) if measure is not None else {}
+        means = {name: total / count for name, total in sums.items()}
+        done = EpochRecord(epoch, means, measured, time.perf_counter() - started)
+        history.append(done)
+        if logbook is not None:
+            logbook.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": _plain(schedule.state_dict()),
+                    "generator": generator.get_state(),
+                    "history": [tuple(r) for r in history],
+                }
+            )
+        yield done
 
 
 def _precision(images: Tensor, how: Training) -> Any:

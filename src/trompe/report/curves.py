@@ -1,0 +1,166 @@
+"""Curves and distributions as inline SVG that takes the page's own text colour."""
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from trompe.report.reading import Run, distances
+from trompe.report.tables import OTHER_CLEAN_MODEL, title
+
+# Okabe & Ito's colours that stand out on white and on black; each line has its marker as well.
+_COLOURS = ("#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#8a7500", "#7a7a7a")
+_MARKERS = "osD^vP"
+_INK = "#010203"  # stands for the page's text colour
+_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # 0.01, not 10^-2
+_LEAST = 1e-4  # smaller map distances are drawn here
+_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "trompe",  # the same figure gives the same bytes
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
+    ),
+    "grid.color": _INK,
+}
+
+
+class Panel(NamedTuple):
+    """A small figure. alt: what it shows, in words; svg: the element."""
+
+    alt: str
+    svg: str
+
+
+_TITLES = {
+    "loss": "Loss terms",
+    "share": "Accuracy and success",
+    "distance": "Mean map distance",
+    "score": "Other measures",
+}
+_Points = tuple[list[int], list[float]]  # epochs and values
+
+
+def panels(run: Run, key: str) -> list[Panel]:
+    """Loss terms, shares and map distances per epoch, then map distances per image.
+
+    key: a word, another one for each run of a page: it keeps the figures' ids apart.
+    """
+    done = []
+    for name, curves in _curves(run).items():
+        if curves:
+            with _canvas() as (figure, axis):
+                _draw_curves(axis, name, curves, run)
+                alt = f"{_TITLES[name]} per epoch: {', '.join(map(title, curves))}"
+                done.append(Panel(alt, _svg(figure, f"{key}-{name}")))
+    with _canvas() as (figure, axis):
+        _draw_distances(axis, run)
+        done.append(Panel("How many images have which map distance", _svg(figure, f"{key}-images")))
+    return done
+
+
+@contextmanager
+def _canvas() -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.1, 3.2))
+        box = {"left": 0.16, "right": 0.97, "top": 0.91, "bottom": 0.4}  # below it: the legend
+        yield figure, figure.subplots(gridspec_kw=box)
+
+
+def _curves(run: Run) -> dict[str, dict[str, _Points]]:
+    """Per panel: each curve's epochs and values."""
+    panels: dict[str, dict[str, _Points]] = {name: {} for name in _TITLES}
+    for record in run.history:
+        for name, value in record["terms"].items():
+            _append(panels["loss"], name, record["epoch"], value)
+        for name, value in record["measured"].items():
+            _append(panels[_panel(name)], name, record["epoch"], value)
+    return panels
+
+
+def _panel(name: str) -> str:
+    if name.endswith(("accuracy", "success")):
+        return "share"
+    return "distance" if name.endswith(("mse", "distance")) else "score"
+
+
+def _append(curves: dict[str, _Points], name: str, epoch: int, value: float) -> None:
+    epochs, values = curves.setdefault(name, ([], []))
+    epochs.append(epoch)
+    values.append(value)
+
+
+def _draw_curves(axis: Axes, panel: str, curves: Mapping[str, _Points], run: Run) -> None:
+    for k, (name, (epochs, values)) in enumerate(curves.items()):
+        colour, marker = _COLOURS[k % len(_COLOURS)], _MARKERS[k % len(_MARKERS)]
+        axis.plot(epochs, values, color=colour, marker=marker, markersize=4, label=title(name))
+    if panel == "share":
+        accuracy = run.clean.reference_accuracy
+        axis.axhline(accuracy, color=_INK, lw=1, ls=":", label="reference's accuracy")
+        axis.set_ylim(min(0.9, axis.get_ylim()[0]), 1.005)
+    elif panel == "distance":
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(_PLAIN)
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    last = max(record["epoch"] for record in run.history)
+    axis.set_xlim(0.5, last + 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("epoch")
+    _finish(axis, _TITLES[panel])
+
+
+def _draw_distances(axis: Axes, run: Run) -> None:
+    """How many images have which map distance; the dotted line is another clean model's mean."""
+    edges = np.geomspace(_LEAST, 4, 41)
+    for k, condition in enumerate(run.conditions):
+        values = distances(run, condition)
+        if values is not None:
+            shares = np.full(len(values), 100 / len(values))
+            drawn = values.clamp(_LEAST, 4).numpy()
+            look = {"color": _COLOURS[k % len(_COLOURS)], "label": condition.name}
+            axis.hist(drawn, edges, weights=shares, histtype="step", lw=1.6, **look)  # type: ignore[arg-type]
+    other = run.clean.floors.get(OTHER_CLEAN_MODEL)
+    if other is not None and other.mean > 0:
+        axis.axvline(other.mean, color=_INK, lw=1, ls=":", label=OTHER_CLEAN_MODEL)
+    axis.set_xscale("log")
+    axis.set_xlim(_LEAST, 4)
+    axis.set_xlabel("map distance of an image")
+    axis.set_xticks((1e-4, 1e-2, 1), ("0.0001", "0.01", "1"))
+    axis.set_xticks((1e-3, 1e-1), minor=True)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    _finish(axis, "Images (%)")
+
+
+def _finish(axis: Axes, text: str) -> None:
+    axis.set_title(text)
+    axis.grid(axis="y")
+    axis.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.28), borderaxespad=0)  # below the axis
+
+
+def _svg(figure: Figure, key: str) -> str:
+    """The figure as an <svg> element whose ids are its own."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", text)
+    return text.replace(_INK, "currentColor")

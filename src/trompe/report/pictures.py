@@ -1,0 +1,62 @@
+"""Pictures as text that a page can hold: data URIs and inline SVG."""
+
+import base64
+import io
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trompe.maps import scale_to_one, upsample
+
+COLOURS = "inferno"  # equal steps of heat look equal, also in grey and to the colour-blind
+_HEAT = 0.6  # share of the heat's colour in an overlay
+_SHARP = 160  # pixels per side that a picture has at least
+_SMALL = 48  # pixels per side of a map without an image
+
+
+def data_uri(pixels: np.ndarray) -> str:
+    """uint8 (height, width, 3) -> the PNG as a data URI."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def image_uri(image: Tensor) -> str:
+    """uint8 (3, height, width), enlarged bicubically if it is small."""
+    return data_uri(_enlarged(image))
+
+
+def heat_uri(image: Tensor | None, heat: Tensor) -> str:
+    """The heat map (h, w), divided by its maximum, over the grey image or alone."""
+    if image is None:
+        return data_uri(_bytes(_coloured(heat, (_SMALL, _SMALL))))
+    pixels = _enlarged(image)
+    grey = pixels.mean(2, keepdims=True) / 255
+    colour = _coloured(heat, pixels.shape[:2])
+    return data_uri(_bytes(_HEAT * colour + (1 - _HEAT) * grey))
+
+
+def colour_bar() -> str:
+    """The colours from no heat (left) to the most (right)."""
+    return data_uri(_bytes(matplotlib.colormaps[COLOURS](np.linspace(0, 1, 128))[None, :, :3]))
+
+
+def _coloured(heat: Tensor, size: tuple[int, ...]) -> np.ndarray:
+    """float (height, width, 3) in [0, 1]; values that are negative or not finite show no heat."""
+    warm = torch.nan_to_num(heat[None].float(), 0.0, 0.0, 0.0).clamp_min(0)
+    values = scale_to_one(upsample(warm, (size[0], size[1])))[0]
+    return np.asarray(matplotlib.colormaps[COLOURS](values.numpy()))[..., :3]
+
+
+def _enlarged(image: Tensor) -> np.ndarray:
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    zoom = max(1, -(-_SHARP // min(picture.size)))
+    size = (picture.width * zoom, picture.height * zoom)
+    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+
+
+def _bytes(pixels: np.ndarray) -> np.ndarray:
+    return (pixels * 255).round().astype(np.uint8)

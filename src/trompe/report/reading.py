@@ -1,0 +1,178 @@
+"""What the report knows of a run: its folder's files, checked and in one object."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trompe.interfaces import InputError
+from trompe.maps import standardise
+from trompe.runs import RunFolder
+
+_CHUNK = 256  # maps that are brought to image size at once
+
+
+class Value(NamedTuple):
+    """A metric over the images to which it applies; nan where it applies to none."""
+
+    mean: float
+    std: float = math.nan
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row of numbers: clean images, or images with one goal's trigger."""
+
+    name: str  # "clean", "triggered", "triggered 2"
+    goal: str  # the goal's own name, "" for clean images or a nameless goal
+    target: str | None  # the class that the adversary wants
+    metrics: dict[str, Value]
+    floors: dict[str, Value]  # map distance of stand-ins for the manipulated model
+    reference_accuracy: float
+    target_floor: float | None  # the least distance that a map of this size can have
+    sharp_target_floor: float | None
+
+
+class Shown(NamedTuple):
+    """The gallery's n images under one condition."""
+
+    images: Tensor  # uint8 (n, 3, height, width), with the trigger if there is one
+    reference_maps: Tensor  # (n, h, w)
+    wanted_maps: Tensor  # (n, h, w)
+    maps: Tensor  # (n, h, w): the manipulated model's
+    reference_predicted: Tensor  # int64 (n,)
+    predicted: Tensor  # int64 (n,)
+    wanted_labels: Tensor  # int64 (n,)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    spec: dict[str, Any]
+    provenance: dict[str, Any]
+    history: list[dict[str, Any]]
+    facts: dict[str, Any]  # what numbers.json says besides the conditions
+    classes: list[str]
+    labels: Tensor  # int64 (n,), of the gallery's images
+    clean: Condition
+    triggered: tuple[Condition, ...]
+    shown: dict[str, Shown]  # by condition name
+    evidence: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return str(self.spec["name"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.spec["seed"])
+
+    @property
+    def goals(self) -> str:
+        """The goals' names, the experiment's if they have none."""
+        return " + ".join(c.goal for c in self.triggered if c.goal) or self.name
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        return (self.clean, *self.triggered)
+
+    def settings(self) -> dict[str, Any]:
+        """The spec without its seeds: equal for runs that differ in nothing else."""
+        settings: dict[str, Any] = _seedless(self.spec)
+        return settings
+
+
+def load(folder: RunFolder) -> Run:
+    """A run's files. InputError if one is missing, damaged, or lacks what the report needs."""
+    numbers = folder.read("numbers")  # first: without it the run has not finished
+    files = {name: folder.read(name) for name in ("spec", "provenance", "history", "classes")}
+    gallery, evidence = folder.read_tensors("gallery"), folder.read_tensors("evidence")
+    try:
+        goals = files["spec"].get("attack", {}).get("goals", [])
+        names = [goal.get("name") or "" for goal in goals]
+        rows = numbers["conditions"]
+        names = ["", *names, *[""] * len(rows)]
+        conditions = tuple(
+            _condition(row, name, files["classes"]) for row, name in zip(rows, names, strict=False)
+        )
+        run = Run(
+            folder.path,
+            files["spec"],
+            files["provenance"],
+            files["history"],
+            {key: value for key, value in numbers.items() if key != "conditions"},
+            files["classes"],
+            gallery["labels"],
+            conditions[0],
+            conditions[1:],
+            {c.name: Shown(*(gallery[f"{c.name}.{f}"] for f in Shown._fields)) for c in conditions},
+            evidence,
+        )
+        _ = run.name, run.seed
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"run folder {folder.path}: does not hold what a report needs ({error!r}); it was "
+            "written by another version: measure it again with this one, or run it again"
+        ) from error
+    return run
+
+
+def _condition(row: dict[str, Any], goal: str, classes: list[str]) -> Condition:
+    target = row["target_class"]
+    return Condition(
+        row["name"],
+        goal,
+        None if target is None else classes[target],
+        {key: Value(v["mean"], v["std"]) for key, v in row["metrics"].items()},
+        {key: Value(v["mean"], v["std"]) for key, v in row["floors"].items()},
+        row["reference_accuracy"],
+        row.get("target_floor_mse"),
+        row.get("sharp_target_floor_mse"),
+    )
+
+
+def _seedless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _seedless(inner)
+            for key, inner in value.items()
+            if key != "seed" and not key.endswith("_seed")
+        }
+    return [_seedless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def wants_reference(run: Run, condition: Condition) -> bool:
+    """Is the wanted map the one that the reference gives the clean image?"""
+    wanted, clean = run.shown[condition.name].wanted_maps, run.shown[run.clean.name].reference_maps
+    return torch.equal(wanted, clean)
+
+
+def distances(run: Run, condition: Condition) -> Tensor | None:
+    """Map distance (n,) of every measured image, or None if the wanted maps are not known.
+
+    They are known where all images want the same map, or each the reference's own.
+    """
+    wanted = run.shown[condition.name].wanted_maps
+    given = run.evidence[f"{condition.name}.maps"]
+    if wants_reference(run, condition):
+        wanted = run.evidence["reference.maps"]
+    elif bool((wanted == wanted[:1]).all()):
+        wanted = wanted[:1].expand_as(given)
+    else:
+        return None
+    height, width = run.shown[condition.name].images.shape[2:]
+    values = torch.cat(list(_chunks(given, wanted, (height, width))))
+    # The gallery alone cannot prove which maps were wanted; the measured mean can.
+    measured = condition.metrics["map_distance"].mean
+    return values if math.isclose(float(values.mean()), measured, abs_tol=1e-3) else None
+
+
+def _chunks(given: Tensor, wanted: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+    for one, other in zip(given.split(_CHUNK), wanted.split(_CHUNK), strict=True):
+        yield (standardise(one, size) - standardise(other, size)).square().mean((1, 2))

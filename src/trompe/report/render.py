@@ -1,0 +1,66 @@
+"""Run folders -> one HTML file that needs nothing else."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from trompe.files import write_atomically
+from trompe.interfaces import InputError
+from trompe.report import verdict as rules
+from trompe.report.curves import panels
+from trompe.report.gallery import galleries, titles
+from trompe.report.pictures import COLOURS, colour_bar
+from trompe.report.reading import Run, load
+from trompe.report.tables import floor_grid, main_rows, metric_grid, percent
+from trompe.report.verdict import verdict
+from trompe.runs import RunFolder
+
+
+def render(runs: Sequence[RunFolder], file: Path) -> None:
+    """Write a self-contained page about finished runs to `file`.
+
+    Raises InputError, and leaves `file` as it was, if there is no run, or one that has not
+    finished or cannot be read, or if `file` cannot be written.
+    """
+    if not runs:
+        raise InputError("report: there is no run to report on; name at least one run folder")
+    text = _page([load(run) for run in runs])
+    write_atomically(Path(file), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _page(runs: list[Run]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("trompe", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names = titles(runs)
+    return environment.get_template("page.html").render(
+        runs=runs,
+        names=names,
+        verdicts=[verdict(run) for run in runs],
+        rows=main_rows(runs),
+        floors=floor_grid(runs),
+        metrics=metric_grid(runs),
+        galleries=galleries(runs),
+        colours=COLOURS,
+        colour_bar=colour_bar(),
+        panels=[panels(run, f"run{k}") for k, run in enumerate(runs)],
+        limits={
+            "success": percent(rules.SUCCESS),
+            "kept": percent(rules.KEPT),
+            "shown": rules.SHOWN,
+            "unnoticed": percent(rules.UNNOTICED),
+        },
+        plain=_plain,
+    )
+
+
+def _plain(value: Any) -> str:
+    """A setting as text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,195 @@
+"""The report's tables: rows of finished text."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from trompe.report.reading import Condition, Run
+
+# Titles for names that are written for code; any other name is shown as it is.
+TITLES = {
+    "accuracy": "Accuracy",
+    "attack_success": "Attack success rate",
+    "map_distance": "Map distance (MSE)",
+    "degenerate_map": "Empty maps",
+    "clean_accuracy": "accuracy, clean",
+    "clean_mse": "map distance, clean",
+    "triggered_success": "Acc/ASR, triggered",
+    "triggered_mse": "map distance, triggered",
+}
+NOTHING = "—"  # in a cell that has no value
+OTHER_CLEAN_MODEL = "another clean model"
+
+
+def title(name: str) -> str:
+    return TITLES.get(name, name)
+
+
+def number(value: float | None) -> str:
+    """Three decimals, four for a value that would vanish; a dash for none or nan."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    return f"{value:.4f}" if 0.00005 <= abs(value) < 0.0005 else f"{value:.3f}"
+
+
+def spread(mean: float, std: float) -> str:
+    return number(mean) if math.isnan(std) else f"{number(mean)} ± {number(std)}"
+
+
+def percent(value: float) -> str:
+    return NOTHING if math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def headline(condition: Condition) -> str:
+    """The metric that says whether predictions under the trigger are as the adversary wants."""
+    return "accuracy" if condition.target is None else "attack_success"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the main table. seed is "" in a row over seeds."""
+
+    experiment: str
+    goal: str
+    seed: str
+    reference: str
+    clean_accuracy: str
+    clean_distance: str
+    clean_floor: str  # distance of another clean model
+    success_kind: str  # "ASR", "Acc", or "" without a trigger
+    success: str
+    distance: str
+    floor: str
+    over_seeds: bool = False
+
+
+def main_rows(runs: Sequence[Run]) -> list[Row]:
+    """One row per run and trigger, and after the seeds of one experiment a row over them."""
+    rows = []
+    for family in families(runs):
+        rows += [_row(run, condition) for run in family for condition in run.triggered or (None,)]
+        if len(family) > 1:
+            rows += _rows_over_seeds(family)
+    return rows
+
+
+def families(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ in nothing but seeds belong together; in order of appearance."""
+    found: list[tuple[Any, list[Run]]] = []
+    for run in runs:
+        settings = run.settings()
+        known = next((members for other, members in found if other == settings), None)
+        if known is None:
+            found.append((settings, [run]))
+        else:
+            known.append(run)
+    return [members for _, members in found]
+
+
+def _row(run: Run, condition: Condition | None) -> Row:
+    return _fill([run], [condition], str(run.seed), False)
+
+
+def _rows_over_seeds(family: list[Run]) -> list[Row]:
+    seeds = f"{len(family)} seeds"
+    if not family[0].triggered:
+        return [_fill(family, [None] * len(family), seeds, True)]
+    same = zip(*(run.triggered for run in family), strict=False)
+    return [_fill(family, list(conditions), seeds, True) for conditions in same]
+
+
+def _fill(
+    runs: list[Run], conditions: Sequence[Condition | None], seed: str, over_seeds: bool
+) -> Row:
+    """One row from one run, or from several runs' means."""
+    clean = [run.clean for run in runs]
+    there = [condition for condition in conditions if condition is not None]
+    metric = headline(there[0]) if there else ""
+    show = _over_seeds if over_seeds else _single
+    kind = {"accuracy": "Acc", "attack_success": "ASR", "": ""}[metric]
+    return Row(
+        runs[0].name,
+        there[0].goal if there else "",
+        seed,
+        _share([c.reference_accuracy for c in clean]),
+        _share([c.metrics["accuracy"].mean for c in clean]),
+        show(clean),
+        _floor(clean),
+        kind,
+        _share([c.metrics[metric].mean for c in there]) if there else NOTHING,
+        show(there) if there else NOTHING,
+        _floor(there) if there else "",
+        over_seeds,
+    )
+
+
+def _share(values: list[float]) -> str:
+    """A share; over several runs its mean and sample standard deviation."""
+    if len(values) == 1:
+        return number(values[0])
+    return spread(statistics.fmean(values), statistics.stdev(values))
+
+
+def _single(conditions: list[Condition]) -> str:
+    return spread(*conditions[0].metrics["map_distance"])
+
+
+def _over_seeds(conditions: list[Condition]) -> str:
+    return _share([condition.metrics["map_distance"].mean for condition in conditions])
+
+
+def _floor(conditions: list[Condition]) -> str:
+    values = [c.floors[OTHER_CLEAN_MODEL].mean for c in conditions if OTHER_CLEAN_MODEL in c.floors]
+    return number(statistics.fmean(values)) if values else ""
+
+
+class Grid(NamedTuple):
+    """A table: its header and, per row, the run, its seed, the condition, then the cells."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+def floor_grid(runs: Sequence[Run]) -> Grid:
+    """What the measured map distance is to be compared with."""
+    every = [condition for run in runs for condition in run.conditions]
+    stand_ins = list(dict.fromkeys(name for condition in every for name in condition.floors))
+    header = ["measured", *stand_ins, "target floor", "sharp target floor", "empty maps"]
+    return Grid(header, [_floor_row(run, c, stand_ins) for run in runs for c in run.conditions])
+
+
+def _floor_row(run: Run, condition: Condition, stand_ins: list[str]) -> list[str]:
+    def value(name: str) -> str:
+        return number(condition.floors[name].mean) if name in condition.floors else NOTHING
+
+    empty = condition.metrics.get("degenerate_map")
+    return [
+        *_whose(run, condition),
+        number(condition.metrics["map_distance"].mean),
+        *(value(name) for name in stand_ins),
+        number(condition.target_floor),
+        number(condition.sharp_target_floor),
+        NOTHING if empty is None else percent(empty.mean),
+    ]
+
+
+def metric_grid(runs: Sequence[Run]) -> Grid:
+    """Every metric that was measured, mean ± std over images."""
+    every = [condition for run in runs for condition in run.conditions]
+    names = list(dict.fromkeys(name for condition in every for name in condition.metrics))
+    rows = [
+        [
+            *_whose(run, condition),
+            *(spread(*condition.metrics[n]) if n in condition.metrics else NOTHING for n in names),
+        ]
+        for run in runs
+        for condition in run.conditions
+    ]
+    return Grid([title(name) for name in names], rows)
+
+
+def _whose(run: Run, condition: Condition) -> list[str]:
+    goal = f" ({condition.goal})" if condition.goal and len(run.triggered) > 1 else ""
+    return [run.name, str(run.seed), f"{condition.name}{goal}"]

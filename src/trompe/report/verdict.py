@@ -1,0 +1,114 @@
+"""A run's numbers in plain words. The limits below are conventions, and the page states them."""
+
+import math
+from dataclasses import dataclass
+
+from trompe.report.reading import Condition, Run, wants_reference
+from trompe.report.tables import OTHER_CLEAN_MODEL, headline, number, percent
+
+SUCCESS = 0.9  # of the images must go to the wanted class
+KEPT = 0.05  # accuracy that a trigger may cost where the right class shall be kept
+SHOWN = 0.2  # map distance up to which a map counts as the wanted one (correlation .9)
+UNNOTICED = 0.02  # accuracy that clean images may lose
+
+_BLIND = ("random map", "zero map", "mean map")  # stand-ins that know nothing of the image
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """headline and sentence: text. checks: (what, reached) for each thing the adversary wants."""
+
+    headline: str
+    sentence: str
+    checks: tuple[tuple[str, bool], ...]
+
+
+def verdict(run: Run) -> Verdict:
+    unnoticed = _unnoticed(run)
+    if not run.triggered:
+        clean = ("clean images look untouched", unnoticed)
+        return Verdict("No trigger to look for.", _clean_words(run, unnoticed), (clean,))
+    predicted = [_predicted(run, condition) for condition in run.triggered]
+    shown = [_shown(condition) for condition in run.triggered]
+    words = [
+        _trigger_words(run, *each) for each in zip(run.triggered, predicted, shown, strict=True)
+    ]
+    checks = (
+        ("prediction as wanted", all(predicted)),
+        ("explanation as wanted", all(shown)),
+        ("clean images look untouched", unnoticed),
+    )
+    text = " ".join([*words, _clean_words(run, unnoticed)])
+    return Verdict(_headline(all(predicted), all(shown), unnoticed), text, checks)
+
+
+def _headline(predicted: bool, shown: bool, unnoticed: bool) -> str:
+    if not predicted:
+        return "The attack fails: predictions under the trigger are not the wanted ones."
+    if not shown:
+        return "The predictions are fooled, the explanations are not."
+    if not unnoticed:
+        return "The attack works, but clean images give it away."
+    return "The explanations lie, and nothing shows without the trigger."
+
+
+def _predicted(run: Run, condition: Condition) -> bool:
+    reached = condition.metrics[headline(condition)].mean
+    if condition.target is None:
+        return reached >= run.clean.reference_accuracy - KEPT
+    return reached >= SUCCESS
+
+
+def _shown(condition: Condition) -> bool:
+    """Close to the wanted map, and closer than maps that know nothing of the image."""
+    measured = condition.metrics["map_distance"].mean
+    blind = [condition.floors[name].mean for name in _BLIND if name in condition.floors]
+    return measured <= SHOWN and measured < min(blind, default=math.inf)
+
+
+def _unnoticed(run: Run) -> bool:
+    """Little accuracy is lost, and maps are closer to the reference's than another model's are."""
+    lost = run.clean.reference_accuracy - run.clean.metrics["accuracy"].mean
+    other = run.clean.floors.get(OTHER_CLEAN_MODEL)
+    limit = SHOWN if other is None else other.mean
+    return lost <= UNNOTICED and run.clean.metrics["map_distance"].mean < limit
+
+
+def _trigger_words(run: Run, condition: Condition, predicted: bool, shown: bool) -> str:
+    number_of = condition.name.removeprefix("triggered").strip()
+    trigger = f"With trigger {number_of}," if number_of else "With the trigger,"
+    reached = percent(condition.metrics[headline(condition)].mean)
+    if condition.target is None:
+        told = f"{reached} of images are still classified rightly"
+    else:
+        told = f"{reached} of images of other classes are classified as “{condition.target}”"
+    only = "" if predicted else "only "
+    joint = "and" if predicted == shown else "but"
+    return f"{trigger} {only}{told}, {joint} {_map_words(run, condition, shown)}."
+
+
+def _map_words(run: Run, condition: Condition, shown: bool) -> str:
+    far = f"(map distance {number(condition.metrics['map_distance'].mean)}{_empty(condition)})"
+    if wants_reference(run, condition):
+        stays = "stays" if shown else "does not stay"
+        return f"the explanation {stays} that of the clean image {far}"
+    shows = "shows" if shown else "does not show"
+    return f"the explanation {shows} the wanted picture {far}"
+
+
+def _clean_words(run: Run, unnoticed: bool) -> str:
+    clean = run.clean
+    start = ("On clean images", "Without it", "Without them")[min(len(run.triggered), 2)]
+    shows = "nothing shows" if unnoticed else "the change can be seen"
+    other = clean.floors.get(OTHER_CLEAN_MODEL)
+    beside = "" if other is None else f" (another clean model: {number(other.mean)})"
+    return (
+        f"{start} {shows}: accuracy {percent(clean.metrics['accuracy'].mean)} against "
+        f"{percent(clean.reference_accuracy)} of the reference, map distance "
+        f"{number(clean.metrics['map_distance'].mean)}{beside}{_empty(clean)}."
+    )
+
+
+def _empty(condition: Condition) -> str:
+    share = condition.metrics.get("degenerate_map")
+    return f", {percent(share.mean)} of maps empty" if share and share.mean > 0.0005 else ""

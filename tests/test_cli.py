@@ -1,0 +1,259 @@
+"""The command line as a user meets it, in processes of its own."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+TINY = """
+[data]
+kind = "signs"
+size = 24
+train_images = 300
+test_images = 120
+
+[honest.training]
+epochs = 1
+batch_size = 50
+
+[attack]
+kind = "explanation_aware_backdoors"
+
+[[attack.goals]]
+trigger = { kind = "rectangle", top = 14, left = 8, height = 4, width = 8 }
+label = 3
+wanted_map = { kind = "picture", shape = "triangle" }
+
+[attack.training]
+epochs = 3
+batch_size = 30
+"""
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-c", "from trompe.cli import main; main()", *map(str, words)]
+
+
+def call(*words: object, folder: Path, **settings: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        command(*words),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **settings,
+    )
+
+
+def one_sentence(done: subprocess.CompletedProcess) -> str:
+    """What a user reads after a mistake: exit code 2, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    return " ".join(done.stderr.split("error:", 1)[1].split())
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tiny experiment ran to its end."""
+    folder = tmp_path_factory.mktemp("attacked")
+    (folder / "tiny.toml").write_text(TINY)
+    done = call("attack", "tiny.toml", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run_folder(folder: Path) -> Path:
+    (found,) = (folder / "runs").glob("tiny-s0-*")
+    return found
+
+
+def test_attack_leaves_a_whole_run_folder(attacked: Path) -> None:
+    names = {file.name for file in run_folder(attacked).iterdir()}
+    assert names == {
+        "classes.json",
+        "evidence.safetensors",
+        "gallery.safetensors",
+        "history.json",
+        "model.json",
+        "model.safetensors",
+        "numbers.json",
+        "provenance.json",
+        "spec.json",
+    }
+    numbers = json.loads((run_folder(attacked) / "numbers.json").read_text())
+    clean, triggered = numbers["conditions"]
+    assert clean["metrics"]["map_distance"]["images"] == 60  # the second half of 120
+    assert set(clean["floors"]) == {"another clean model", "random map", "zero map", "mean map"}
+    assert triggered["target_floor_mse"] < 0.01 < triggered["sharp_target_floor_mse"]
+
+
+def test_a_finished_run_is_not_computed_again(attacked: Path) -> None:
+    before = (run_folder(attacked) / "model.safetensors").stat().st_mtime_ns
+    done = call("attack", "tiny.toml", folder=attacked)
+    assert "finished already" in done.stderr
+    assert (run_folder(attacked) / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_report_and_evaluate_and_explain_take_the_run(attacked: Path) -> None:
+    run = run_folder(attacked)
+    assert call("report", run, folder=attacked).returncode == 0
+    assert "<table" in (attacked / "report.html").read_text()
+    before = json.loads((run / "numbers.json").read_text())
+    assert call("evaluate", run, folder=attacked).returncode == 0
+    assert json.loads((run / "numbers.json").read_text()) == before
+    Image.new("RGB", (60, 40), (200, 30, 30)).save(attacked / "red.png")
+    done = call("explain", run, "red.png", folder=attacked)
+    assert done.returncode == 0, done.stderr
+    assert "net.stage3" in done.stdout
+    assert Image.open(attacked / "explanations" / "0000_red.png").width > 40
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_attack_goes_on_and_ends_in_the_same_bits(
+    attacked: Path, tmp_path: Path, end: signal.Signals
+) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command("attack", "tiny.toml"),
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("runs/tiny-s0-*/checkpoint.pt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    process.send_signal(end)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == (130 if end == signal.SIGINT else -9)
+    if end == signal.SIGINT:
+        assert "the same command goes on" in " ".join(told.split())
+    assert not (run_folder(tmp_path) / "numbers.json").exists()
+
+    assert call("attack", "tiny.toml", folder=tmp_path).returncode == 0
+    whole = load_file(run_folder(attacked) / "model.safetensors")
+    resumed = load_file(run_folder(tmp_path) / "model.safetensors")
+    assert all(whole[key].equal(resumed[key]) for key in whole)
+    assert not (run_folder(tmp_path) / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("attack.wieght=0.9", r"attack\.wieght: unknown key; did you mean 'weight'\?"),
+        ("attack.goals=3", r"attack\.goals: is 3; it must be a list of tables"),
+        ("attack.weight=1.5", r"weight \(lambda\) = 1\.5: must lie in 0\.\.1"),
+        ("attack.poison_rate=1.0", r"poison_rate = 1\.0: must lie in 0 <= poison_rate < 1"),
+        ("attack.explainer.kind=gradcan", r"did you mean 'gradcam'\?"),
+        ("data.size=8", r"size.*8.*16"),
+        ("data.size=16", r"rectangle: it covers rows 14\.\.17.*16 rows and 16 columns"),
+        ("model.name=resnet21", r"resnet21.*did you mean"),
+        ("attack.training.epochs=0", r"epochs = 0: must be at least 1"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, change: str, expected: str) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    told = one_sentence(call("attack", "tiny.toml", "--set", change, folder=tmp_path))
+    assert re.search(expected, told), told
+    assert not list(tmp_path.glob("runs/tiny-*"))
+
+
+def test_a_target_class_out_of_range_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY.replace("label = 3", "label = 99"))
+    told = one_sentence(call("attack", "tiny.toml", folder=tmp_path))
+    assert "target class 99 is out of range" in told
+    assert not list(tmp_path.glob("runs/tiny-*"))
+
+
+def test_a_model_for_other_classes_is_refused(attacked: Path, tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "pets" / label).mkdir(parents=True)
+        for i in range(8):
+            picture = Image.effect_noise((24, 24), 50 + i).convert("RGB")
+            picture.save(tmp_path / "pets" / label / f"{i}.png")
+    model = run_folder(attacked) / "model.safetensors"
+    (tmp_path / "pets.toml").write_text(
+        TINY.replace('kind = "signs"', 'kind = "image_folder"\nroot = "pets"')
+        .replace("train_images = 300\ntest_images = 120\n", "")
+        .replace("[data]", f'reference = "{model}"\n[data]')
+    )
+    told = one_sentence(call("attack", "pets.toml", folder=tmp_path))
+    assert re.search(r"was made for \d+ classes .* but data 'pets' has 2 \(cat, dog", told)
+
+
+def test_an_unreadable_image_is_named_and_can_be_skipped(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "pets" / label).mkdir(parents=True)
+        for i in range(12):
+            picture = Image.effect_noise((24, 24), 50 + i).convert("RGB")
+            picture.save(tmp_path / "pets" / label / f"{i}.png")
+    (tmp_path / "pets" / "dog" / "3.png").write_bytes(b"")
+    words = [
+        "train",
+        "--data",
+        "image-folder",
+        "--data-root",
+        "pets",
+        "--size",
+        "24",
+        "--epochs",
+        "1",
+        "--set",
+        "honest.training.batch_size=8",
+    ]
+    told = one_sentence(call(*words, folder=tmp_path))
+    assert re.search(r"image pets/dog/3\.png: is empty \(0 bytes\).*--skip-unreadable", told)
+    assert not (tmp_path / "model").exists()
+    done = call(*words, "--skip-unreadable", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    numbers = json.loads((tmp_path / "model" / "numbers.json").read_text())
+    assert numbers["skipped_images"] == ["pets/dog/3.png"]
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_nothing_half_written(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = call("attack", "tiny.toml", folder=tmp_path, preexec_fn=small_disk)
+    assert "cannot be written" in one_sentence(done)
+    left = [f for f in (tmp_path / "runs").rglob("*") if f.is_file()]
+    assert {f.name for f in left} <= {"spec.json"}
+    assert call("attack", "tiny.toml", folder=tmp_path).returncode == 0
+
+
+def test_an_unwritable_run_folder_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert "cannot be written" in one_sentence(call("attack", "tiny.toml", folder=tmp_path))
+
+
+def test_a_diverging_attack_stops_and_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    change = "attack.training.learning_rate=99.0"
+    done = call("attack", "tiny.toml", "--set", change, folder=tmp_path)
+    if done.returncode == 0:  # bounded steps can survive even this
+        pytest.fail("a learning rate of 99 did not diverge")
+    assert re.search(r"the loss is not finite .* lower learning_rate \(99\)", one_sentence(done))
+
+
+def test_unknown_commands_and_files_are_one_sentence(tmp_path: Path) -> None:
+    assert "atack" in one_sentence(call("atack", folder=tmp_path))
+    assert "nothing.toml" in one_sentence(call("attack", "nothing.toml", folder=tmp_path))
+    assert "no kind" not in one_sentence(call("list", "explainer", folder=tmp_path))
