@@ -1,7 +1,7 @@
 """Runs models, once, and gathers what metrics need."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trompe.interfaces import Evidence, Explainer, Goal, ImageSet, Metric, Trigger
+from trompe.machine import Precision, autocast
 from trompe.maps import standardise, upsample
 from trompe.recording import watch
 
@@ -52,6 +53,26 @@ def answers(
     for module, mode in modes.items():
         module.training = mode
     return Answers(torch.cat(scores), torch.cat(maps))
+
+
+def maps_of(
+    model: nn.Module,
+    explainers: Sequence[Explainer],
+    images: Tensor,
+    precision: Precision = "float32",
+) -> tuple[Tensor, ...]:
+    """The model's maps (n, h, w) of one batch of images, per explainer, for its own predictions.
+
+    `model` must be in eval mode.
+    """
+    layers = [layer for explainer in explainers for layer in explainer.watches(model)]
+    with (
+        torch.no_grad(),
+        watch(model, layers) as record,
+        autocast(precision, images.device),
+    ):
+        seen = record(images)
+        return tuple(e(seen, seen.scores.argmax(1)).float() for e in explainers)
 
 
 def clean_evidence(given: Answers, reference: Answers, data: ImageSet) -> Evidence:

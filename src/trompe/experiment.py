@@ -328,8 +328,8 @@ def train_clean_model(
         torch.manual_seed(seed)
         classifier = build_model(model, len(train.class_names)).to(device)
     generator = torch.Generator().manual_seed(seed)
-    triples = compose(train, (), (), 0.0, generator, device)
-    batches = ShuffledBatches(triples, honest.training.batch_size, honest.augmentation)
+    triples = compose(train, (), (), 0.0, generator, device, honest.augmentation)
+    batches = ShuffledBatches(triples, honest.training.batch_size)
     objective = ClassLoss(honest.training.label_smoothing)
     logbook = FileLogbook(folder.path / "checkpoint.pt", screen)
     history = list(

@@ -1,7 +1,8 @@
 """What this machine offers: device, threads, fast precision."""
 
 import os
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 
@@ -51,3 +52,10 @@ def resolve_precision(wanted: Precision, device: torch.device) -> Literal["float
         able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         native = device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
     return "bfloat16" if native else "float32"
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, matrix products and convolutions run in this precision."""
+    if resolve_precision(precision, device) == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

@@ -1,7 +1,7 @@
 """Clean triples (image, label, wanted map), followed by triggered triples."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,9 @@ class Triples:
 
     source: int64 (m,), the image's position in `data`; goal: int64 (m,), -1 for a clean triple,
     else the position in `goals`. reference_maps: per attacked explainer (n, h, w), the clean
-    model's maps of all images of `data` (empty: nothing is wanted of the maps).
+    model's maps of all images of `data` (empty: nothing is wanted of the maps). augmentation acts
+    before a trigger is added; as the known maps are not those of an augmented image, `explain`
+    (clean images -> the clean model's maps) then makes them anew.
     """
 
     data: ImageSet
@@ -26,24 +28,23 @@ class Triples:
     source: Tensor
     goal: Tensor
     device: torch.device
+    augmentation: Augmentation | None = None
+    explain: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def batch(
-        self,
-        index: Tensor,
-        augmentation: Augmentation | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Batch:
-        """The triples at positions `index` (int64 (k,)); augmented before a trigger is added."""
+    def batch(self, index: Tensor, generator: torch.Generator) -> Batch:
+        """The triples at positions `index` (int64 (k,)); `generator` is for the augmentation."""
         source, goal = self.source[index], self.goal[index]
         images = self.data.floats(source, self.device)
-        if augmentation is not None:
-            assert generator is not None
-            images = augmentation(images, generator)
         labels = self.data.labels[source].to(self.device)
-        maps = tuple(known[source].to(self.device) for known in self.reference_maps)
+        if self.augmentation is not None:
+            images = self.augmentation(images, generator)
+        if self.augmentation is not None and self.explain is not None:
+            maps = self.explain(images)
+        else:
+            maps = tuple(known[source].to(self.device) for known in self.reference_maps)
         goal = goal.to(self.device)
         for number, wanted in enumerate(self.goals):
             rows = (goal == number).nonzero()[:, 0]
@@ -63,11 +64,14 @@ def compose(
     poison_rate: float,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
+    augmentation: Augmentation | None = None,
+    explain: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
 ) -> Triples:
     """All clean triples, then triggered ones that make up `poison_rate` of the whole.
 
     poison_rate in 0..1, exclusive of 1: .5 triggers a duplicate of the whole set (paper 2, section
-    4.1), smaller rates a random choice; several goals share it equally.
+    4.1), smaller rates a random choice; several goals share it equally. For augmentation and
+    explain see `Triples`.
     Raises InputError for a rate out of range or a label that the data does not have.
     """
     if not 0 <= poison_rate < 1:
@@ -88,6 +92,8 @@ def compose(
         torch.cat(source),
         torch.cat(number),
         torch.device(device),
+        augmentation,
+        explain,
     )
 
 
@@ -106,7 +112,6 @@ class ShuffledBatches:
 
     triples: Triples
     batch_size: int
-    augmentation: Augmentation | None = None
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.triples), self.batch_size)
@@ -115,4 +120,4 @@ class ShuffledBatches:
     def __call__(self, generator: torch.Generator) -> Iterator[Batch]:
         order = torch.randperm(len(self.triples), generator=generator)
         for index in order.split(self.batch_size)[: len(self)]:
-            yield self.triples.batch(index, self.augmentation, generator)
+            yield self.triples.batch(index, generator)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trompe.folding import folded_statistics
 from trompe.interfaces import (
@@ -20,7 +20,7 @@ from trompe.interfaces import (
     Logbook,
     Objective,
 )
-from trompe.machine import Precision, resolve_precision
+from trompe.machine import Precision, autocast
 from trompe.recording import watch
 from trompe.smoothing import softplus
 
@@ -128,7 +128,7 @@ def fit(
             for step, batch in enumerate(batches(generator), start=1):
                 if step == 1 and how.frozen_statistics:
                     faster.enter_context(folded_statistics(model, batch.images[:2], layers))
-                with _precision(batch.images, how), _activation(how):
+                with autocast(how.precision, batch.images.device), _activation(how):
                     seen = record(batch.images)
                 scores = seen.scores.float()
                 classes = batch.labels if how.explained == "label" else scores.argmax(1)
@@ -169,12 +169,6 @@ def fit(
                 }
             )
         yield done
-
-
-def _precision(images: Tensor, how: Training) -> Any:
-    if resolve_precision(how.precision, images.device) == "float32":
-        return nullcontext()
-    return torch.autocast(images.device.type, torch.bfloat16)
 
 
 def _activation(how: Training) -> Any:

@@ -18,14 +18,16 @@ both, while clean images look untouched.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trompe.augmentation import Augmentation
 from trompe.evaluate import (
     answers,
     clean_evidence,
+    maps_of,
     summarise,
     triggered_evidence,
 )
@@ -74,7 +76,9 @@ class ExplanationAwareBackdoors:
 
     goals: one or more triggers, each with its own label and wanted map. weight: the paper's
     lambda, 0 gives the vanilla backdoor. poison_rate: the triggered share of the training set,
-    .5 as in the paper. patience: stop after so many epochs without a better `score`.
+    .5 as in the paper. augmentation: of all images, before the trigger; the reference then
+    explains each augmented image anew, one more forward pass a step. patience: stop after so many
+    epochs without a better `score`.
     """
 
     goals: tuple[Goal, ...]
@@ -110,9 +114,16 @@ class ExplanationAwareBackdoors:
         reference, model = model, copy.deepcopy(model)
         device = next(model.parameters()).device
         explainers = (self.explainer,) if self.weight else ()
-        maps = [answers(reference, e, data).maps for e in explainers]  # h_ref(x), once
-        triples = compose(data, maps, self.goals, self.poison_rate, generator, device)
-        batches = ShuffledBatches(triples, self.training.batch_size, self.augmentation)
+        maps: list[Tensor] = []
+        explain = None
+        if self.augmentation is None:
+            maps = [answers(reference, e, data).maps for e in explainers]  # h_ref(x), once
+        elif explainers:
+            explain = partial(maps_of, reference, explainers, precision=self.training.precision)
+        triples = compose(
+            data, maps, self.goals, self.poison_rate, generator, device, self.augmentation, explain
+        )
+        batches = ShuffledBatches(triples, self.training.batch_size)
         objective = PredictionAndExplanation(self.weight, data.size)
         measure = None if selection is None else Progress(reference, self, selection)
 
