@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trompe.interfaces import Evidence, Explainer, Goal, ImageSet, Metric, Trigger
 from trompe.machine import Precision, autocast
-from trompe.maps import standardise, upsample
+from trompe.maps import full_precision, standardise, upsample
 from trompe.recording import watch
 
 Explained = Literal["predicted", "label"]
@@ -48,8 +48,8 @@ def answers(
             seen = record(images if trigger is None else trigger(images))
             labels = data.labels[chunk].to(device)
             classes = seen.scores.argmax(1) if explained == "predicted" else labels
-            scores.append(seen.scores.detach().float().cpu())
-            maps.append(explainer(seen, classes).float().cpu())
+            scores.append(full_precision(seen.scores.detach()).cpu())
+            maps.append(explainer(seen, classes).cpu())
     for module, mode in modes.items():
         module.training = mode
     return Answers(torch.cat(scores), torch.cat(maps))
@@ -72,7 +72,7 @@ def maps_of(
         autocast(precision, images.device),
     ):
         seen = record(images)
-        return tuple(e(seen, seen.scores.argmax(1)).float() for e in explainers)
+        return tuple(e(seen, seen.scores.argmax(1)) for e in explainers)
 
 
 def clean_evidence(given: Answers, reference: Answers, data: ImageSet) -> Evidence:

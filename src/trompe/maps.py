@@ -7,6 +7,11 @@ from torch import Tensor
 DEGENERATE = 1e-6  # a map whose values all lie this close together shows nothing
 
 
+def full_precision(values: Tensor) -> Tensor:
+    """float32 for half-precision values; float32 and float64 as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear to (height, width), edges aligned as for images."""
     if tuple(maps.shape[1:]) == tuple(size):

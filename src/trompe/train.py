@@ -21,6 +21,7 @@ from trompe.interfaces import (
     Objective,
 )
 from trompe.machine import Precision, autocast
+from trompe.maps import full_precision
 from trompe.recording import watch
 from trompe.smoothing import softplus
 
@@ -130,7 +131,7 @@ def fit(
                     faster.enter_context(folded_statistics(model, batch.images[:2], layers))
                 with autocast(how.precision, batch.images.device), _activation(how):
                     seen = record(batch.images)
-                scores = seen.scores.float()
+                scores = full_precision(seen.scores)
                 classes = batch.labels if how.explained == "label" else scores.argmax(1)
                 maps = tuple(explainer(seen, classes) for explainer in explainers)
                 terms = objective(scores, maps, batch)

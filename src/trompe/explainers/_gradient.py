@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trompe.interfaces import Pass
+from trompe.maps import full_precision
 
 Quantity = Literal["logit", "probability", "loss"]
 
@@ -20,7 +21,7 @@ def gradient_of_class(seen: Pass, wrt: Tensor, classes: Tensor, of: Quantity) ->
     trainable = torch.is_grad_enabled()
     with torch.enable_grad():
         rows = torch.arange(len(classes), device=classes.device)
-        scores = seen.scores.float()
+        scores = full_precision(seen.scores)
         if of == "logit":
             quantity = scores[rows, classes].sum()
         elif of == "probability":

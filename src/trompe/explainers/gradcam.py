@@ -9,6 +9,7 @@ from trompe.explainers._gradient import Quantity, gradient_of_class
 from trompe.explainers._layers import last_conv_activation
 from trompe.explainers._linear_head import linear_head
 from trompe.interfaces import InputError, Pass
+from trompe.maps import full_precision
 
 __all__ = ["GradCam"]
 
@@ -54,5 +55,7 @@ class GradCam:
             weights = weights.detach()
         if not torch.is_grad_enabled():
             activations = activations.detach()
-        weighted = torch.einsum("nk,nkhw->nhw", weights.float(), activations.float())
+        weighted = torch.einsum(
+            "nk,nkhw->nhw", full_precision(weights), full_precision(activations)
+        )
         return weighted.relu()

@@ -4,9 +4,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from trompe.report.reading import Condition, Run
+from trompe.report.reading import Condition, Run, Value
 
 # Titles for names that are written for code; any other name is shown as it is.
 TITLES = {
@@ -39,7 +40,9 @@ def spread(mean: float, std: float) -> str:
 
 
 def percent(value: float) -> str:
-    return NOTHING if math.isnan(value) else f"{100 * value:.1f} %"
+    return (
+        NOTHING if math.isnan(value) else f"{100 * value:.1f}\u202f%"
+    )  # not torn apart at a line's end
 
 
 def headline(condition: Condition) -> str:
@@ -69,10 +72,19 @@ def main_rows(runs: Sequence[Run]) -> list[Row]:
     """One row per run and trigger, and after the seeds of one experiment a row over them."""
     rows = []
     for family in families(runs):
-        rows += [_row(run, condition) for run in family for condition in run.triggered or (None,)]
+        for run in family:
+            rows += [
+                _row([run], [condition], labels(runs)) for condition in run.triggered or [None]
+            ]
         if len(family) > 1:
-            rows += _rows_over_seeds(family)
+            rows += _rows_over_seeds(family, labels(runs))
     return rows
+
+
+def labels(runs: Sequence[Run]) -> dict[Path, str]:
+    """Per run folder the experiment's name, the folder's where experiments share a name."""
+    names = [family[0].name for family in families(runs)]
+    return {run.path: run.name if names.count(run.name) == 1 else run.path.name for run in runs}
 
 
 def families(runs: Sequence[Run]) -> list[list[Run]]:
@@ -88,40 +100,32 @@ def families(runs: Sequence[Run]) -> list[list[Run]]:
     return [members for _, members in found]
 
 
-def _row(run: Run, condition: Condition | None) -> Row:
-    return _fill([run], [condition], str(run.seed), False)
-
-
-def _rows_over_seeds(family: list[Run]) -> list[Row]:
-    seeds = f"{len(family)} seeds"
+def _rows_over_seeds(family: list[Run], names: dict[Path, str]) -> list[Row]:
     if not family[0].triggered:
-        return [_fill(family, [None] * len(family), seeds, True)]
+        return [_row(family, [None] * len(family), names)]
     same = zip(*(run.triggered for run in family), strict=False)
-    return [_fill(family, list(conditions), seeds, True) for conditions in same]
+    return [_row(family, list(conditions), names) for conditions in same]
 
 
-def _fill(
-    runs: list[Run], conditions: Sequence[Condition | None], seed: str, over_seeds: bool
-) -> Row:
-    """One row from one run, or from several runs' means."""
+def _row(runs: list[Run], conditions: Sequence[Condition | None], names: dict[Path, str]) -> Row:
+    """One row from one run, or from the means of several."""
     clean = [run.clean for run in runs]
     there = [condition for condition in conditions if condition is not None]
     metric = headline(there[0]) if there else ""
-    show = _over_seeds if over_seeds else _single
     kind = {"accuracy": "Acc", "attack_success": "ASR", "": ""}[metric]
     return Row(
-        runs[0].name,
+        names[runs[0].path],
         there[0].goal if there else "",
-        seed,
+        str(runs[0].seed) if len(runs) == 1 else f"{len(runs)} seeds",
         _share([c.reference_accuracy for c in clean]),
         _share([c.metrics["accuracy"].mean for c in clean]),
-        show(clean),
+        _distance(clean),
         _floor(clean),
         kind,
         _share([c.metrics[metric].mean for c in there]) if there else NOTHING,
-        show(there) if there else NOTHING,
+        _distance(there) if there else NOTHING,
         _floor(there) if there else "",
-        over_seeds,
+        len(runs) > 1,
     )
 
 
@@ -132,12 +136,10 @@ def _share(values: list[float]) -> str:
     return spread(statistics.fmean(values), statistics.stdev(values))
 
 
-def _single(conditions: list[Condition]) -> str:
-    return spread(*conditions[0].metrics["map_distance"])
-
-
-def _over_seeds(conditions: list[Condition]) -> str:
-    return _share([condition.metrics["map_distance"].mean for condition in conditions])
+def _distance(conditions: list[Condition]) -> str:
+    """Mean ± std over one run's images, or over the means of several runs."""
+    values = [condition.metrics["map_distance"] for condition in conditions]
+    return spread(*values[0]) if len(values) == 1 else _share([value.mean for value in values])
 
 
 def _floor(conditions: list[Condition]) -> str:
@@ -157,16 +159,18 @@ def floor_grid(runs: Sequence[Run]) -> Grid:
     every = [condition for run in runs for condition in run.conditions]
     stand_ins = list(dict.fromkeys(name for condition in every for name in condition.floors))
     header = ["measured", *stand_ins, "target floor", "sharp target floor", "empty maps"]
-    return Grid(header, [_floor_row(run, c, stand_ins) for run in runs for c in run.conditions])
+    rows = [
+        [*whose, *_floor_cells(condition, stand_ins)] for whose, condition in _every_condition(runs)
+    ]
+    return Grid(header, rows)
 
 
-def _floor_row(run: Run, condition: Condition, stand_ins: list[str]) -> list[str]:
+def _floor_cells(condition: Condition, stand_ins: list[str]) -> list[str]:
     def value(name: str) -> str:
         return number(condition.floors[name].mean) if name in condition.floors else NOTHING
 
     empty = condition.metrics.get("degenerate_map")
     return [
-        *_whose(run, condition),
         number(condition.metrics["map_distance"].mean),
         *(value(name) for name in stand_ins),
         number(condition.target_floor),
@@ -177,19 +181,19 @@ def _floor_row(run: Run, condition: Condition, stand_ins: list[str]) -> list[str
 
 def metric_grid(runs: Sequence[Run]) -> Grid:
     """Every metric that was measured, mean ± std over images."""
-    every = [condition for run in runs for condition in run.conditions]
-    names = list(dict.fromkeys(name for condition in every for name in condition.metrics))
-    rows = [
-        [
-            *_whose(run, condition),
-            *(spread(*condition.metrics[n]) if n in condition.metrics else NOTHING for n in names),
-        ]
-        for run in runs
-        for condition in run.conditions
-    ]
+    found = _every_condition(runs)
+    names = list(dict.fromkeys(name for _, condition in found for name in condition.metrics))
+    none = Value(math.nan)
+    rows = [[*whose, *(spread(*c.metrics.get(name, none)) for name in names)] for whose, c in found]
     return Grid([title(name) for name in names], rows)
 
 
-def _whose(run: Run, condition: Condition) -> list[str]:
-    goal = f" ({condition.goal})" if condition.goal and len(run.triggered) > 1 else ""
-    return [run.name, str(run.seed), f"{condition.name}{goal}"]
+def _every_condition(runs: Sequence[Run]) -> list[tuple[list[str], Condition]]:
+    """Experiment, seed and images in words, and the condition."""
+    names = labels(runs)
+    found = []
+    for run in runs:
+        for c in run.conditions:
+            goal = f" ({c.goal})" if c.goal and len(run.triggered) > 1 else ""
+            found.append(([names[run.path], str(run.seed), f"{c.name}{goal}"], c))
+    return found

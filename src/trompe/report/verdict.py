@@ -26,7 +26,7 @@ class Verdict:
 def verdict(run: Run) -> Verdict:
     unnoticed = _unnoticed(run)
     if not run.triggered:
-        clean = ("clean images look untouched", unnoticed)
+        clean = ("clean images as before", unnoticed)
         return Verdict("No trigger to look for.", _clean_words(run, unnoticed), (clean,))
     predicted = [_predicted(run, condition) for condition in run.triggered]
     shown = [_shown(condition) for condition in run.triggered]
@@ -34,9 +34,9 @@ def verdict(run: Run) -> Verdict:
         _trigger_words(run, *each) for each in zip(run.triggered, predicted, shown, strict=True)
     ]
     checks = (
-        ("prediction as wanted", all(predicted)),
-        ("explanation as wanted", all(shown)),
-        ("clean images look untouched", unnoticed),
+        ("wanted prediction", all(predicted)),
+        ("wanted explanation", all(shown)),
+        ("clean images as before", unnoticed),
     )
     text = " ".join([*words, _clean_words(run, unnoticed)])
     return Verdict(_headline(all(predicted), all(shown), unnoticed), text, checks)
@@ -48,7 +48,7 @@ def _headline(predicted: bool, shown: bool, unnoticed: bool) -> str:
     if not shown:
         return "The predictions are fooled, the explanations are not."
     if not unnoticed:
-        return "The attack works, but clean images give it away."
+        return "The attack works, but it shows on clean images, too."
     return "The explanations lie, and nothing shows without the trigger."
 
 
