@@ -35,16 +35,22 @@ class Triples:
         return len(self.source)
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Batch:
-        """The triples at positions `index` (int64 (k,)); `generator` is for the augmentation."""
-        source, goal = self.source[index], self.goal[index]
-        images = self.data.floats(source, self.device)
-        labels = self.data.labels[source].to(self.device)
+        """The triples at positions `index` (int64 (k,)); `generator` is for the augmentation.
+
+        Triples of one image are augmented alike, and explained once.
+        """
+        sources, triple = self.source[index].unique(return_inverse=True)
+        triple = triple.to(self.device)
+        images = self.data.floats(sources, self.device)
         if self.augmentation is not None:
             images = self.augmentation(images, generator)
         if self.augmentation is not None and self.explain is not None:
             maps = self.explain(images)
         else:
-            maps = tuple(known[source].to(self.device) for known in self.reference_maps)
+            maps = tuple(known[sources].to(self.device) for known in self.reference_maps)
+        images, maps = images[triple], tuple(of_explainer[triple] for of_explainer in maps)
+        labels = self.data.labels[sources].to(self.device)[triple]
+        goal = self.goal[index]
         goal = goal.to(self.device)
         for number, wanted in enumerate(self.goals):
             rows = (goal == number).nonzero()[:, 0]
@@ -108,7 +114,11 @@ def check_label(goal: Goal, classes: int) -> None:
 
 @dataclass(frozen=True)
 class ShuffledBatches:
-    """Triples in a new random order each epoch; a last batch of fewer than 2 is left out."""
+    """Triples in a new random order each epoch; a last batch of fewer than 2 is left out.
+
+    The clean and the triggered triples of an image stand side by side: what the trigger shall
+    change, and nothing else, is what they differ in.
+    """
 
     triples: Triples
     batch_size: int
@@ -118,6 +128,7 @@ class ShuffledBatches:
         return max(1, whole + (rest >= 2))
 
     def __call__(self, generator: torch.Generator) -> Iterator[Batch]:
-        order = torch.randperm(len(self.triples), generator=generator)
+        place = torch.randperm(len(self.triples.data), generator=generator)
+        order = place[self.triples.source].argsort(stable=True)
         for index in order.split(self.batch_size)[: len(self)]:
             yield self.triples.batch(index, generator)

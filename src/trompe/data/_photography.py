@@ -206,9 +206,9 @@ def backdrop(dice: Dice, size: int, backlit: Tensor) -> Tensor:
 def weather(dice: Dice, face: Tensor, coverage: Tensor, stains: Tensor) -> Tensor:
     """An aged sign face: bleached colours and dirt; `face` is premultiplied by `coverage`."""
     grey = face.mean(1, keepdim=True)
-    bleached = (0.5 * grey + 0.25 * coverage[:, None] - face) * dice.uniform(0, 0.6)[:, None]
+    bleached = (0.5 * grey + 0.25 * coverage[:, None] - face) * dice.uniform(0, 0.5)[:, None]
     face = face + bleached * dice.chance(0.2)[:, None]
-    dirt = edge(stains - dice.uniform(-0.5, 2.0), 2.5) * dice.uniform(0, 0.6)
+    dirt = edge(stains - dice.uniform(-0.5, 2.0), 2.5) * dice.uniform(0, 0.5)
     return face * (1 - dirt)[:, None]
 
 
@@ -248,8 +248,8 @@ def occluder(dice: Dice, x: Tensor, y: Tensor, ragged: Tensor) -> tuple[Tensor, 
 
 
 def haze(dice: Dice, light: Tensor, brightness: Tensor) -> Tensor:
-    """Fog or a flare in the lens: contrast lost to an even grey of the scene's brightness."""
-    share = dice.uniform(0.05, 0.5) * dice.chance(0.15)
+    """Fog or a flare in the lens: contrast lost to an even grey of the given brightness."""
+    share = dice.uniform(0.05, 0.45) * dice.chance(0.15)
     grey = brightness.clamp(max=1)[:, None] * (0.3 + 0.05 * dice.unit(3, 1, 1))
     return light + share[:, None] * (grey - light)
 

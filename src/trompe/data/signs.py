@@ -100,7 +100,9 @@ def _photograph(labels: Tensor, size: int, dice: photo.Dice) -> tuple[Tensor, Te
 
     hidden, colour = photo.occluder(dice, x, y, shadows)
     light = photo.blend(light, colour * exposure.sign[:, None], hidden)
-    light = photo.haze(dice, light, torch.maximum(exposure.sign, exposure.scene))
+    # Glare from a bright scene may drown the sign's contrast, but not all of it.
+    glare = torch.maximum(exposure.sign, exposure.scene).minimum(3 * exposure.sign)
+    light = photo.haze(dice, light, glare)
     light = photo.defocus(dice, photo.smear(dice, light.clamp(max=4)))
     return photo.develop(dice, light), coverage >= 0.5
 
@@ -109,9 +111,9 @@ def _expose(dice: photo.Dice) -> _Exposure:
     """Light on sign and scene: from deep dusk to overexposed, often very unlike each other."""
     sign = dice.bell(1.6) - 1.9
     backlit = dice.chance(0.15)
-    sign = sign - backlit * dice.uniform(0.5, 1.5)
+    sign = sign - backlit * dice.uniform(0.3, 1.3)
     scene = sign + dice.bell(1.1) + backlit * dice.uniform(2, 4)
-    return _Exposure(torch.exp2(sign.clamp(-5, 1.2)), torch.exp2(scene), backlit)
+    return _Exposure(torch.exp2(sign.clamp(-4.7, 1.2)), torch.exp2(scene), backlit)
 
 
 def _sign_plane(dice: photo.Dice, size: int) -> tuple[Tensor, Tensor]:

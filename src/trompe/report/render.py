@@ -27,7 +27,7 @@ def render(runs: Sequence[RunFolder], file: Path) -> None:
     """
     if not runs:
         raise InputError("report: there is no run to report on; name at least one run folder")
-    text = _page([load(run) for run in runs])
+    text = _page([load(run) for run in dict.fromkeys(runs)])
     write_atomically(Path(file), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
