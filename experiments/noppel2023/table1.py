@@ -78,8 +78,8 @@ def table1_markdown(rows: list[dict]) -> str:
         "# Noppel & Wressnegger 2023, Table 1",
         "",
         "ResNet-20 on GTSRB at 40x40, Grad-CAM; mean ± standard deviation over "
-        f"{len({r['seed'] for r in rows})} seeds (starting from {REFERENCES} references in turn), on "
-        "the second half of the test set "
+        f"{len({r['seed'] for r in rows})} seeds (starting from {REFERENCES} references in turn), "
+        "on the second half of the test set "
         f"({rows[0]['reporting_images']} images). Paper's figure in brackets. MSE: of standardised "
         "maps, 2 (1 - r). The paper's reference reaches "
         f"{PAPER_REFERENCE}, ours {mean_and_spread(rows, 'reference_accuracy')}.",
