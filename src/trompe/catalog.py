@@ -92,6 +92,9 @@ def build_dataclass(cls: Any, table: dict[str, Any], where: str, start: Any = No
         key: _convert(hints[key], value, f"{where}.{key}", defaults[key])
         for key, value in table.items()
     }
+    for name, hint in hints.items():  # TOML cannot say None: a key left out does
+        if defaults[name] is _MISSING and type(None) in typing.get_args(hint):
+            values.setdefault(name, None)
     missing = [n for n in parameters if n not in values and defaults[n] is _MISSING]
     if missing:
         raise InputError(f"{where}.{missing[0]}: is missing; give it a value")
