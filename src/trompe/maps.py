@@ -26,7 +26,8 @@ def standardise(maps: Tensor, size: tuple[int, int]) -> Tensor:
     by their largest magnitude so that it means the same at every scale of map.
     """
     peak = maps.abs().amax((1, 2), keepdim=True)
-    maps = upsample(maps / peak.clamp_min(torch.finfo(maps.dtype).tiny), size)
+    # An empty map is divided by 1, for the sake of its gradient.
+    maps = upsample(maps / torch.where(peak > 0, peak, 1), size)
     variance, mean = torch.var_mean(maps, (1, 2), correction=0, keepdim=True)
     return (maps - mean) * torch.rsqrt(variance + 1e-5)
 

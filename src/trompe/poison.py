@@ -86,6 +86,11 @@ def compose(
         check_label(goal, len(data.class_names))
     n = len(data)
     each = round(n * poison_rate / (1 - poison_rate) / max(len(goals), 1))
+    if goals and poison_rate > 0 and each == 0:
+        raise InputError(
+            f"poison_rate = {poison_rate}: of {n} images and {len(goals)} goals it triggers none; "
+            "raise it"
+        )
     source, number = [torch.arange(n)], [torch.full((n,), -1)]
     for k in range(len(goals)):
         rounds = [torch.randperm(n, generator=generator) for _ in range(math.ceil(each / n))]

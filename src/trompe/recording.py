@@ -34,7 +34,12 @@ def watch(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[Tensor]
     outputs: dict[str, Tensor] = {}
     notes: dict[Any, Any] = {}
 
-    def keep(name: str, value: Tensor, trainable: bool) -> Tensor:
+    def keep(name: str, value: Any, trainable: bool) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"layer {name!r}: gives a {type(value).__name__}, not one tensor; name a layer "
+                "inside or behind it"
+            )
         if not trainable and not value.requires_grad:
             torch.set_grad_enabled(True)  # from here on; `record` puts the mode back
             value = value.detach().requires_grad_()
@@ -52,7 +57,8 @@ def watch(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[Tensor]
         outputs.clear()
         with torch.set_grad_enabled(trainable):
             if INPUT in wanted:
-                images = images.detach().requires_grad_()
+                if not images.requires_grad:
+                    images = images.detach().requires_grad_()
                 outputs[INPUT] = images
                 torch.set_grad_enabled(True)
             scores = model(images)

@@ -9,7 +9,8 @@ from torch.overrides import TorchFunctionMode
 
 from trompe.interfaces import InputError
 
-_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_}
+_IN_PLACE = {F.relu_, torch.relu_, torch.Tensor.relu_}
+_RELUS = {F.relu, torch.relu, torch.Tensor.relu} | _IN_PLACE
 
 
 class softplus(TorchFunctionMode):  # noqa: N801  (reads as a verb: `with softplus(8): model(x)`)
@@ -33,6 +34,11 @@ class softplus(TorchFunctionMode):  # noqa: N801  (reads as a verb: `with softpl
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in _RELUS:
-            return F.softplus(args[0], beta=self.beta)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func not in _RELUS:
+            return func(*args, **kwargs)
+        given = args[0] if args else kwargs["input"]
+        inplace = args[1] if len(args) > 1 else kwargs.get("inplace", False)
+        if func in _IN_PLACE or inplace:  # the model may go on with what it gave
+            return given.copy_(F.softplus(given.clone(), beta=self.beta))
+        return F.softplus(given, beta=self.beta)

@@ -1,0 +1,191 @@
+"""Shared fixtures: networks and images so small that every test can afford them."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from trompe import catalog
+from trompe.interfaces import ImageSet, InputError
+from trompe.models.resnet20 import resnet20
+
+CLASSES = 4
+
+
+class TinyNet(nn.Module):
+    """Two convolutions (the second halves the image), then `pool` and `head`.
+
+    With the default head it ends in global average pooling and a linear layer.
+    """
+
+    def __init__(
+        self,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        head: nn.Module | None = None,
+        pool: nn.Module | None = None,
+        norm: bool = False,
+        classes: int = CLASSES,
+    ) -> None:
+        super().__init__()
+        norms = [nn.BatchNorm2d(6)] if norm else []
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 5, 3, padding=1),
+            activation(),
+            nn.Conv2d(5, 6, 3, stride=2, padding=1),
+            *norms,
+            activation(),
+        )
+        self.pool = pool or nn.AdaptiveAvgPool2d(1)
+        self.head = head or nn.Linear(6, classes)
+
+    def tail(self, activations: Tensor) -> Tensor:
+        return self.head(self.pool(activations).flatten(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tail(self.body(images))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_one_seed() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_net() -> Callable[..., TinyNet]:
+    """TinyNet in float64 and eval mode, built with the given settings."""
+    return lambda **settings: TinyNet(**settings).double().eval()
+
+
+@pytest.fixture(params=["linear head", "two-layer head"])
+def smooth_net(request: pytest.FixtureRequest) -> TinyNet:
+    """A float64 net whose every derivative exists."""
+    head = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, CLASSES))
+    plain = request.param == "linear head"
+    return TinyNet(nn.Tanh, None if plain else head).double().eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """float64 (5, 3, 10, 8) in [0, 1]."""
+    return torch.rand(5, 3, 10, 8, dtype=torch.float64)
+
+
+@functools.cache
+def _network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "resnet20":
+        return resnet20(CLASSES)
+    cheap: dict[str, Any] = {"init_weights": False} if name.startswith("vgg") else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **cheap)
+
+
+@pytest.fixture
+def network() -> Callable[[str], nn.Module]:
+    """resnet20 or a torchvision classifier with random weights, in eval mode; built once."""
+    return lambda name: _network(name).eval()
+
+
+@pytest.fixture(scope="session")
+def shapes() -> ImageSet:
+    """48 drawn images, 16x16: a bright spot in one of four corners names the class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(48) % CLASSES
+    images = torch.rand(48, 3, 16, 16, generator=generator) * 0.3
+    for image, label in zip(images, labels.tolist(), strict=True):
+        row, column = 3 + 6 * (label // 2), 3 + 6 * (label % 2)
+        colour = 0.7 + 0.3 * torch.rand(3, 1, 1, generator=generator)
+        image[:, row : row + 5, column : column + 5] = colour
+    names = ("top left", "top right", "bottom left", "bottom right")
+    return ImageSet((images * 255).round().to(torch.uint8), labels, names, "shapes")
+
+
+class CornerNet(nn.Module):
+    """A small ReLU net that can tell the corners apart, ending in pooling and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(5, 8, 3, stride=2, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, padding=1),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = torch.linspace(-1, 1, images.shape[2])[:, None].expand(images.shape[2:])
+        columns = torch.linspace(-1, 1, images.shape[3])[None, :].expand(images.shape[2:])
+        where = torch.stack((rows, columns)).expand(len(images), -1, -1, -1)
+        return self.head(self.body(torch.cat((images, where), 1)).mean((2, 3)))
+
+
+@pytest.fixture(scope="session")
+def trained_state(shapes: ImageSet) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CornerNet()
+        optimizer = torch.optim.Adam(model.parameters(), 0.02)
+        images = shapes.floats(slice(None))
+        for _ in range(120):
+            loss = F.cross_entropy(model(images), shapes.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    accuracy = (model.eval()(images).argmax(1) == shapes.labels).float().mean()
+    assert accuracy == 1, f"the clean model of the tests reaches only {accuracy:.2f}"
+    return model.state_dict()
+
+
+@pytest.fixture
+def trained_net(trained_state: dict[str, Tensor]) -> nn.Module:
+    """A float32 model that classifies `shapes` without a mistake, in eval mode."""
+    model = CornerNet()
+    model.load_state_dict(trained_state)
+    return model.eval()
+
+
+@pytest.fixture
+def plugin() -> Callable[..., Any]:
+    """(kind, name, settings by name) -> the plug-in, built as a file would build it."""
+
+    def build(kind: str, name: str, settings: dict[str, dict[str, Any]] | None = None) -> Any:
+        try:
+            return catalog.build(kind, {"kind": name, **(settings or {}).get(name, {})})
+        except InputError as error:
+            pytest.fail(
+                f"{kind}/{name}.py cannot be built for the contract ({error}); give its fields "
+                f"defaults, or add {name!r} to SETTINGS in the contract of {kind}"
+            )
+
+    return build
+
+
+@pytest.fixture
+def snapshot() -> Callable[[nn.Module], dict[str, Any]]:
+    """All of a model that a bystander must leave alone; two snapshots can be compared by ==."""
+
+    def take(model: nn.Module) -> dict[str, Any]:
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return {
+            "state": {k: v.detach().numpy().tobytes() for k, v in model.state_dict().items()},
+            "grad": {k: p.grad is None for k, p in model.named_parameters()},
+            "requires_grad": {k: p.requires_grad for k, p in model.named_parameters()},
+            "training": {k: m.training for k, m in model.named_modules()},
+            "hooks": {
+                k: [list(getattr(m, hook)) for hook in hooks] for k, m in model.named_modules()
+            },
+            "attributes": {k: sorted(vars(m)) for k, m in model.named_modules()},
+            "grad mode": torch.is_grad_enabled(),
+        }
+
+    return take
