@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -40,7 +40,9 @@ class Training:
     schedule: "one-cycle" (Smith 2018: warm up, then anneal to almost 0 within `epochs`), "decay"
     (learning_rate / (1 + epoch): public code of paper 2) or "constant".
     frozen_statistics: BatchNorm keeps its running statistics (and dropout is off) while its affine
-    part trains. softplus_beta: replaces ReLU while training, None keeps it.
+    part trains. frozen: parameters whose names start with one of these stay as they are, which
+    saves their backward pass ("net.conv1", "net.layer1"). softplus_beta: replaces ReLU while
+    training, None keeps it.
     explained: the class whose map is trained: the batch's "label", or the "predicted" one.
     precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the hardware has it.
     """
@@ -54,6 +56,7 @@ class Training:
     label_smoothing: float = 0.0
     frozen_statistics: bool = False
     softplus_beta: float | None = None
+    frozen: tuple[str, ...] = ()
     explained: Literal["label", "predicted"] = "label"
     precision: Precision = "auto"
 
@@ -63,6 +66,33 @@ class Training:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 < self.learning_rate < 100:
             raise InputError(f"learning_rate = {self.learning_rate}: must lie between 0 and 100")
+
+
+@contextmanager
+def frozen(model: nn.Module, prefixes: Sequence[str]) -> Iterator[None]:
+    """Inside, parameters whose names start with a prefix need no gradient.
+
+    Raises InputError for a prefix with which no name starts.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            raise InputError(
+                f"training.frozen: no parameter's name starts with {prefix!r}; the first ones are "
+                f"{', '.join(names[:4])}"
+            )
+    kept = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(tuple(prefixes)) and parameter.requires_grad
+    ]
+    try:
+        for parameter in kept:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in kept:
+            parameter.requires_grad_(True)
 
 
 def make_optimizer(model: nn.Module, how: Training) -> torch.optim.Optimizer:
@@ -106,6 +136,20 @@ def fit(
 
     Raises Diverged at a loss that is not finite; the model then holds the last good state.
     """
+    with frozen(model, how.frozen):
+        yield from _fit(model, batches, objective, explainers, how, generator, measure, logbook)
+
+
+def _fit(
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    explainers: Sequence[Explainer],
+    how: Training,
+    generator: torch.Generator,
+    measure: Callable[[nn.Module], dict[str, float]] | None,
+    logbook: Logbook | None,
+) -> Iterator[EpochRecord]:
     model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, how)
     schedule = make_schedule(optimizer, how, len(batches))

@@ -68,13 +68,16 @@ def galleries(runs: Sequence[Run]) -> list[Gallery]:
 
 
 def titles(runs: Sequence[Run]) -> list[str]:
-    """What tells the runs apart, as short as it can be."""
-    ways = (
+    """What tells the runs apart, as short as it can be: goals, seed, experiment, folder."""
+    short, seeded, long = (
         [run.goals for run in runs],
         [f"{run.goals}, seed {run.seed}" for run in runs],
         [f"{run.name}, seed {run.seed}" for run in runs],
     )
-    return next((way for way in ways if len(set(way)) == len(runs)), [r.path.name for r in runs])
+    return [
+        next((way[i] for way in (short, seeded, long) if way.count(way[i]) == 1), run.path.name)
+        for i, run in enumerate(runs)
+    ]
 
 
 def _share(one: Run, other: Run) -> bool:
