@@ -179,22 +179,26 @@ def main() -> None:
     device = choose_device(chosen.device)
     choose_threads()
 
-    def rows(plan: list[tuple[str, int, float]]) -> list[dict]:
+    def rows(plan: list[tuple[str, int, float | None]]) -> list[dict]:
         done = []
         for goal, seed, rate in plan:
             experiment = trompe.read_experiment(HERE / f"{goal}.toml")
-            attack = dataclasses.replace(experiment.attack, poison_rate=rate)
             experiment = dataclasses.replace(
-                experiment, seed=seed, reference_seed=seed % REFERENCES, attack=attack
+                experiment, seed=seed, reference_seed=seed % REFERENCES
             )
+            if rate is not None:
+                attack = dataclasses.replace(experiment.attack, poison_rate=rate)
+                experiment = dataclasses.replace(experiment, attack=attack)
             if chosen.only_write and not trompe.run_folder(experiment, chosen.root).finished:
                 continue
             with progress_bars() as bars:
-                bars.note(f"{goal}, seed {seed}, poison rate {rate:g}")
+                bars.note(
+                    f"{goal}, seed {seed}, poison rate {rate or experiment.attack.poison_rate:g}"
+                )
                 done.append(row(trompe.run(experiment, chosen.root, device, bars), goal))
         return done
 
-    table = rows([(goal, seed, 0.5) for seed in chosen.seeds for goal in chosen.goals])
+    table = rows([(goal, seed, None) for seed in chosen.seeds for goal in chosen.goals])
     if table:
         write_json(RESULTS / "table1.json", {"paper": PAPER, "rows": table})
         text = table1_markdown(table)
