@@ -154,7 +154,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit of the code that runs, "+changes" if files differ from it, "" if unknown."""
+    """The commit of the code that runs, "+changes" if its files differ, "" if unknown."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -163,7 +163,7 @@ def _commit() -> str:
 
     try:
         return git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "-uno") else ""
+            "+changes" if git("status", "--porcelain", "-uno", "--", ".") else ""
         )
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -59,19 +59,17 @@ def _predicted(run: Run, condition: Condition) -> bool:
     return reached >= SUCCESS
 
 
-def _shown(condition: Condition) -> bool:
-    """Close to the wanted map, and closer than maps that know nothing of the image."""
+def _shown(condition: Condition, stand_ins: tuple[str, ...] = _BLIND) -> bool:
+    """Close to the wanted map, and closer than the stand-ins' maps."""
     measured = condition.metrics["map_distance"].mean
-    blind = [condition.floors[name].mean for name in _BLIND if name in condition.floors]
-    return measured <= SHOWN and measured < min(blind, default=math.inf)
+    others = [condition.floors[name].mean for name in stand_ins if name in condition.floors]
+    return measured <= SHOWN and measured < min(others, default=math.inf)
 
 
 def _unnoticed(run: Run) -> bool:
-    """Little accuracy is lost, and maps are closer to the reference's than another model's are."""
+    """Little accuracy is lost, and maps are closer to the reference's than any stand-in's."""
     lost = run.clean.reference_accuracy - run.clean.metrics["accuracy"].mean
-    other = run.clean.floors.get(OTHER_CLEAN_MODEL)
-    limit = SHOWN if other is None else other.mean
-    return lost <= UNNOTICED and run.clean.metrics["map_distance"].mean < limit
+    return lost <= UNNOTICED and _shown(run.clean, (*_BLIND, OTHER_CLEAN_MODEL))
 
 
 def _trigger_words(run: Run, condition: Condition, predicted: bool, shown: bool) -> str:
