@@ -52,7 +52,7 @@ def _find_users(kind: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(
             f"{kind} {name!r}: cannot be imported ({error}); it must read package.module:Name and "
             "be importable from where you are (set PYTHONPATH)"

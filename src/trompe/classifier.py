@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import importlib.resources
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             ) from error
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged pickle can end in any of Python's errors
         raise InputError(
             f"weights {file}: refused, nothing of it was executed; it is no plain table of tensors "
             "(such a pickle can run code when opened, or it is damaged); ask for safetensors"
@@ -206,7 +205,8 @@ class ModelCard:
 
 def save_model(model: Classifier, card: ModelCard, file: Path) -> None:
     """`file` (.safetensors) and, beside it, the card as .json with the weights' sha256."""
-    state = {k: v.detach().cpu().contiguous() for k, v in model.net.state_dict().items()}
+    # Copies, as weights that a model uses twice must not be written as one.
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.net.state_dict().items()}
     write_atomically(file, lambda temporary: safetensors.torch.save_file(state, temporary))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     write_json(
@@ -256,7 +256,10 @@ def _read_card(file: Path, state: dict[str, Tensor]) -> ModelCard:
             f"model {file}: has no card {sidecar.name} beside it; write one with architecture, "
             "class_names, image_size, mean and std"
         )
-    card: ModelCard = catalog.build_dataclass(ModelCard, read_json(sidecar), str(sidecar))
+    table = read_json(sidecar)
+    if not isinstance(table, dict):
+        raise InputError(f"model card {sidecar}: is no table of settings; fetch it again")
+    card: ModelCard = catalog.build_dataclass(ModelCard, table, str(sidecar))
     if card.sha256 and card.sha256 != hashlib.sha256(file.read_bytes()).hexdigest():
         raise InputError(
             f"model {file}: its bytes are not those that {sidecar.name} was written for (sha256 "

@@ -1,12 +1,11 @@
 """Runs models, once, and gathers what metrics need."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-import numpy as np
-import scipy.optimize
 import torch
 from torch import Tensor, nn
 
@@ -38,10 +37,12 @@ def answers(
     explained: the class whose map is made: the one predicted by this model, or the true one.
     """
     device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     scores, maps = [], []
-    with torch.no_grad(), watch(model, explainer.watches(model)) as record:
+    with (
+        evaluation_mode(model),
+        torch.no_grad(),
+        watch(model, explainer.watches(model)) as record,
+    ):
         for start in range(0, len(data), batch_size):
             chunk = slice(start, start + batch_size)
             images = data.floats(chunk, device).contiguous(memory_format=torch.channels_last)
@@ -50,9 +51,19 @@ def answers(
             classes = seen.scores.argmax(1) if explained == "predicted" else labels
             scores.append(full_precision(seen.scores.detach()).cpu())
             maps.append(explainer(seen, classes).cpu())
-    for module, mode in modes.items():
-        module.training = mode
     return Answers(torch.cat(scores), torch.cat(maps))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def maps_of(
@@ -125,16 +136,16 @@ def least_distance(wanted: Tensor, map_size: tuple[int, int]) -> float:
     """The least map distance that any non-negative map of `map_size` reaches against `wanted`.
 
     wanted: (height, width) at image size. Up-sampling is linear and the distance 2 (1 - r)
-    depends on the map only through its correlation r with `wanted`, so the best map is the
-    non-negative least-squares fit of the standardised picture (the fit's multiple correlation is
-    the largest r). Says what a coarse map cannot show: 0 if `wanted` is itself such a map.
+    depends on the map only through its correlation r with `wanted`, so the best map is the least-
+    squares fit of the standardised picture, and adding a constant, which r ignores, makes it
+    non-negative. Says what a coarse map cannot show: 0 if `wanted` is itself such a map.
     """
     height, width = wanted.shape
     cells = map_size[0] * map_size[1]
     basis = upsample(torch.eye(cells).view(cells, *map_size), (height, width)).flatten(1)
     basis = (basis - basis.mean(1, keepdim=True)).double()
-    target = standardise(wanted[None], (height, width)).flatten().double()
-    fit, _ = scipy.optimize.nnls(basis.T.numpy(), target.numpy(), maxiter=100 * cells)
-    best = torch.from_numpy(np.asarray(fit)).float().view(1, *map_size)
-    shown = standardise(best, (height, width))
-    return float((shown.flatten() - target.float()).square().mean())
+    target = standardise(wanted[None].double(), (height, width)).flatten()
+    # The centred basis is dependent (a constant map is nothing): a driver that allows it.
+    fit = torch.linalg.lstsq(basis.T, target[:, None], driver="gelsd").solution[:, 0]
+    shown = standardise((fit - fit.min()).view(1, *map_size), (height, width)).flatten()
+    return float((shown - target).square().mean())

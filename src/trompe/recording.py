@@ -34,34 +34,35 @@ def watch(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[Tensor]
     outputs: dict[str, Tensor] = {}
     notes: dict[Any, Any] = {}
 
-    def keep(name: str, value: Any, trainable: bool) -> Tensor:
+    def keep(name: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
             raise InputError(
                 f"layer {name!r}: gives a {type(value).__name__}, not one tensor; name a layer "
                 "inside or behind it"
             )
-        if not trainable and not value.requires_grad:
+        if not value.requires_grad:  # nothing before it is differentiated: the graph starts here
             torch.set_grad_enabled(True)  # from here on; `record` puts the mode back
             value = value.detach().requires_grad_()
         outputs[name] = value
         return value.clone()  # an in-place activation behind it must not change what was recorded
 
-    trainable = True
-
     def hook(name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        return lambda module, inputs, output: keep(name, output, trainable)
+        return lambda module, inputs, output: keep(name, output)
 
     def record(images: Tensor) -> Pass:
-        nonlocal trainable
-        trainable = torch.is_grad_enabled()
         outputs.clear()
-        with torch.set_grad_enabled(trainable):
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # puts the mode back
             if INPUT in wanted:
                 if not images.requires_grad:
                     images = images.detach().requires_grad_()
                 outputs[INPUT] = images
                 torch.set_grad_enabled(True)
             scores = model(images)
+        for name in wanted:
+            if name not in outputs:
+                raise InputError(
+                    f"layer {name!r}: the model has it but does not run it; name one that it runs"
+                )
         return Pass(model, images, scores, dict(outputs), notes)
 
     with ExitStack() as restore:

@@ -59,7 +59,7 @@ def _run(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
             try:
                 with torch.no_grad():
                     model(parameter.new_zeros((1, 3, size, size)))
-            except RuntimeError as error:  # an input size that this model does not take
+            except Exception as error:  # models say in many ways that a size does not suit them
                 failure = error
             else:
                 return done

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from trompe.explainers._gradient import gradient_of_class
 from trompe.interfaces import Pass
 
 
@@ -30,12 +29,16 @@ def _find(seen: Pass, activations: Tensor) -> nn.Linear | None:
             and activations.ndim == 4
             and _gives_scores(module, seen, activations)
         ):
-            with torch.no_grad():
-                classes = seen.scores.argmax(1)
-                gradient = gradient_of_class(seen, activations, classes, "logit")
-                positions = activations.shape[2] * activations.shape[3]
-                expected = module.weight[classes][:, :, None, None] / positions
-            if _close(gradient, expected.expand_as(gradient)):
+            # One random combination of all scores stands for all classes at once.
+            dice = torch.Generator().manual_seed(0)
+            mix = torch.rand(seen.scores.shape, generator=dice).to(activations.device)
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(
+                    (seen.scores * mix.to(seen.scores.dtype)).sum(), activations, retain_graph=True
+                )
+            positions = activations.shape[2] * activations.shape[3]
+            expected = (mix.to(module.weight.dtype) @ module.weight.detach()) / positions
+            if _close(gradient, expected[:, :, None, None].expand_as(gradient)):
                 return module
     return None
 

@@ -38,4 +38,8 @@ class InputGradient:
             maps = magnitude.amax(1)
         else:
             maps = magnitude.mean(1) if self.channels == "mean" else magnitude.sum(1)
+        if self.pool > min(maps.shape[1:]):
+            raise InputError(
+                f"pool = {self.pool}: the image is {maps.shape[1]}x{maps.shape[2]}; make it smaller"
+            )
         return F.avg_pool2d(maps[:, None], self.pool)[:, 0]

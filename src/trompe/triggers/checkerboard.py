@@ -29,5 +29,5 @@ class Checkerboard:
         check_inside("checkerboard square", 0, 0, self.square, self.square, images)
         rows = torch.arange(images.shape[2], device=images.device) // self.square
         columns = torch.arange(images.shape[3], device=images.device) // self.square
-        sign = 1 - 2 * ((rows[:, None] + columns) % 2)
+        sign = (1 - 2 * ((rows[:, None] + columns) % 2)).to(images.dtype)
         return (images + self.amplitude * sign).clamp(0, 1)

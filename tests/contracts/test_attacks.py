@@ -1,0 +1,158 @@
+"""What every attack must do; a new file under attacks/ is tested by existing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from trompe.catalog import names
+from trompe.evaluate import answers, clean_evidence, summarise, triggered_evidence
+from trompe.explainers.gradcam import GradCam
+from trompe.interfaces import Attack, Attacked, Goal, ImageSet, InputError
+from trompe.metrics.accuracy import accuracy
+from trompe.metrics.attack_success import attack_success
+from trompe.metrics.map_distance import map_distance
+
+TRIGGER = {"kind": "rectangle", "top": 0, "left": 0, "height": 4, "width": 4}
+TRAINING = {"epochs": 20, "batch_size": 16, "learning_rate": 0.03, "precision": "float32"}
+
+SETTINGS: dict[str, dict[str, Any]] = {  # for 16x16 images of four classes, in a few seconds
+    "explanation_aware_backdoors": {
+        "goals": [
+            {
+                "trigger": TRIGGER,
+                "label": 2,
+                "wanted_map": {"kind": "picture", "shape": "square"},
+            }
+        ],
+        "training": TRAINING,
+    },
+}
+
+pytestmark = pytest.mark.parametrize("name", names("attacks"))
+
+
+@pytest.fixture
+def attack(name: str, plugin: Callable[..., Attack]) -> Attack:
+    """With two epochs, where the attack trains: enough for all but its success."""
+    settings = dict(SETTINGS.get(name, {}))
+    if "training" in settings:
+        settings["training"] = {**settings["training"], "epochs": 2}
+    return plugin("attacks", name, {name: settings})
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def shortfall(model: nn.Module, reference: nn.Module, attacked: Attacked, data: ImageSet) -> float:
+    """How far `model` is from what the attack wants: wrong answers and map distances, summed."""
+    explainer = GradCam()
+    honest = answers(reference, explainer, data)
+    clean = clean_evidence(answers(model, explainer, data), honest, data)
+    total = 1 - summarise(accuracy, clean).mean + summarise(map_distance, clean).mean
+    for goal in attacked.goals:
+        given = answers(model, explainer, data, goal.trigger)
+        evidence = triggered_evidence(given, honest, data, goal)
+        success = accuracy if goal.label is None else attack_success
+        total += 1 - summarise(success, evidence).mean + summarise(map_distance, evidence).mean
+    return total
+
+
+def test_beats_doing_nothing(
+    name: str, plugin: Callable[..., Attack], trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    attacked = plugin("attacks", name, SETTINGS)(trained_net, shapes, seeded(0))
+    if attacked.poison is not None or not attacked.goals:
+        pytest.fail("say in this file what an attack without goals has to beat")
+    untouched = shortfall(trained_net, trained_net, attacked, shapes)
+    assert shortfall(attacked.model, trained_net, attacked, shapes) < 0.7 * untouched
+
+
+def test_the_same_seed_gives_the_same_bits(
+    attack: Attack, trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    first = attack(trained_net, shapes, seeded(0)).model.state_dict()
+    torch.rand(5)
+    again = attack(trained_net, shapes, seeded(0)).model.state_dict()
+    other = attack(trained_net, shapes, seeded(1)).model.state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_given_model_is_not_changed(
+    attack: Attack,
+    trained_net: nn.Module,
+    shapes: ImageSet,
+    snapshot: Callable[[nn.Module], dict[str, Any]],
+    training: bool,
+) -> None:
+    before = snapshot(trained_net.train(training))
+    attacked = attack(trained_net, shapes, seeded(0))
+    assert snapshot(trained_net) == before
+    assert attacked.model is not trained_net
+    own = {p.data_ptr() for p in trained_net.parameters()}
+    assert not own & {p.data_ptr() for p in attacked.model.parameters()}
+
+
+def test_the_data_are_not_changed(attack: Attack, trained_net: nn.Module, shapes: ImageSet) -> None:
+    images, labels = shapes.images.clone(), shapes.labels.clone()
+    attack(trained_net, shapes, seeded(0))
+    assert torch.equal(shapes.images, images)
+    assert torch.equal(shapes.labels, labels)
+
+
+def test_the_attacked_model_can_be_used_at_once(
+    attack: Attack, trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    model = attack(trained_net, shapes, seeded(0)).model
+    assert not any(module.training for module in model.modules())
+    assert all(not module._forward_hooks for module in model.modules())
+    images = shapes.floats(slice(None))
+    assert model(images).shape == (48, 4)
+    assert model(images).isfinite().all()
+
+
+def test_the_history_has_a_record_per_epoch(
+    attack: Attack, trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    history = attack(trained_net, shapes, seeded(0), selection=shapes).history
+    assert [record.epoch for record in history] == list(range(1, len(history) + 1))
+    for record in history:
+        assert all(torch.tensor(value).isfinite() for value in record.terms.values())
+        assert record.seconds > 0
+        assert record.measured
+
+
+def test_a_target_class_that_the_data_do_not_have_is_refused(
+    name: str, plugin: Callable[..., Attack], trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    settings = SETTINGS.get(name, {})
+    if "goals" not in settings:
+        pytest.skip("has no goals")
+    goals = [{**goal, "label": 4} for goal in settings["goals"]]
+    attack = plugin("attacks", name, {name: {**settings, "goals": goals}})
+    with pytest.raises(InputError, match=r"4.*4 classes"):
+        attack(trained_net, shapes, seeded(0))
+
+
+def test_a_trigger_that_does_not_fit_is_refused(
+    name: str, plugin: Callable[..., Attack], trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    settings = SETTINGS.get(name, {})
+    if "goals" not in settings:
+        pytest.skip("has no goals")
+    goals = [{**goal, "trigger": "rectangle"} for goal in settings["goals"]]
+    attack = plugin("attacks", name, {name: {**settings, "goals": goals}})
+    with pytest.raises(InputError, match="16 rows and 16 columns"):
+        attack(trained_net, shapes, seeded(0))
+
+
+def test_goals_come_back_as_they_were_given(
+    attack: Attack, trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    goals: tuple[Goal, ...] = getattr(attack, "goals", ())
+    assert attack(trained_net, shapes, seeded(0)).goals == goals

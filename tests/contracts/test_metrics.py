@@ -1,0 +1,157 @@
+"""What every metric must do; a new file under metrics/ is tested by existing."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from trompe.catalog import find, names
+from trompe.interfaces import Evidence, Metric
+from trompe.metrics.accuracy import accuracy
+from trompe.metrics.attack_success import attack_success
+from trompe.metrics.degenerate_map import degenerate_map
+from trompe.metrics.map_distance import map_distance
+
+# Per image: the value of an attack that reaches all it wants (class 2 and the wanted map), and of
+# one that reaches nothing (the true class, which is not 2, and an empty map).
+PERFECT_AND_NULL = {
+    "accuracy": (0, 1),
+    "attack_success": (1, 0),
+    "degenerate_map": (0, 1),
+    "map_distance": (0, 1),
+}
+
+every_metric = pytest.mark.parametrize("name", names("metrics"))
+
+
+@pytest.fixture
+def metric(name: str) -> Metric:
+    return find("metrics", name)
+
+
+def evidence_of(predicted: Tensor, maps: Tensor, wanted_maps: Tensor | None = None) -> Evidence:
+    """Six images of the classes 0, 1, 3; the adversary wants class 2."""
+    labels = torch.tensor([0, 1, 3, 3, 1, 0])
+    scores = torch.rand(6, 4) + 2 * torch.nn.functional.one_hot(predicted, 4)
+    wanted = maps if wanted_maps is None else wanted_maps
+    return Evidence(labels, torch.full((6,), 2), wanted, scores, maps, (20, 24))
+
+
+def perfect() -> Evidence:
+    return evidence_of(torch.full((6,), 2), torch.rand(6, 5, 6))
+
+
+def null() -> Evidence:
+    truth = torch.tensor([0, 1, 3, 3, 1, 0])
+    return evidence_of(truth, torch.zeros(6, 5, 6), torch.rand(6, 5, 6))
+
+
+@every_metric
+def test_one_float_per_image(metric: Metric) -> None:
+    values = metric(perfect())
+    assert values.shape == (6,)
+    assert values.is_floating_point()
+
+
+@every_metric
+def test_the_values_of_the_perfect_and_of_the_null_attack(name: str, metric: Metric) -> None:
+    if name not in PERFECT_AND_NULL:
+        pytest.fail(f"metrics/{name}.py is new: add its two values to PERFECT_AND_NULL")
+    best, none = PERFECT_AND_NULL[name]
+    assert metric(perfect()).tolist() == pytest.approx([best] * 6, abs=1e-6)
+    assert metric(null()).tolist() == pytest.approx([none] * 6, abs=5e-3)
+
+
+@every_metric
+def test_an_image_does_not_depend_on_its_neighbours(metric: Metric) -> None:
+    evidence = evidence_of(
+        torch.tensor([2, 1, 0, 2, 3, 0]), torch.rand(6, 5, 6), torch.rand(6, 5, 6)
+    )
+    together = metric(evidence)
+    fields = {f.name for f in dataclasses.fields(evidence)} - {"image_size"}
+    for i in range(6):
+        one = {name: getattr(evidence, name)[i : i + 1] for name in fields}
+        alone = metric(dataclasses.replace(evidence, **one))
+        torch.testing.assert_close(alone[0], together[i], equal_nan=True)
+
+
+@every_metric
+def test_the_evidence_is_not_modified(metric: Metric) -> None:
+    evidence = perfect()
+    tensors = {k: v for k, v in vars(evidence).items() if isinstance(v, Tensor)}
+    before = {k: v.clone() for k, v in tensors.items()}
+    metric(evidence)
+    assert all(torch.equal(tensors[k], before[k]) for k in tensors)
+
+
+# --- each one does what its docstring says --------------------------------------------------------
+
+
+def test_accuracy_compares_with_the_truth() -> None:
+    predicted = torch.tensor([0, 1, 2, 3, 2, 1])
+    assert accuracy(evidence_of(predicted, torch.rand(6, 5, 6))).tolist() == [1, 1, 0, 1, 0, 0]
+
+
+def test_attack_success_leaves_out_images_truly_of_the_wanted_class() -> None:
+    evidence = evidence_of(torch.tensor([2, 1, 2, 3, 2, 2]), torch.rand(6, 5, 6))
+    evidence = dataclasses.replace(evidence, labels=torch.tensor([0, 1, 2, 3, 2, 0]))
+    values = attack_success(evidence)
+    assert values.isnan().tolist() == [False, False, True, False, True, False]
+    assert values[~values.isnan()].tolist() == [1, 0, 0, 1]
+
+
+def test_map_distance_is_twice_one_minus_the_correlation() -> None:
+    given, wanted = torch.rand(6, 20, 24), torch.rand(6, 20, 24)  # at image size already
+    values = map_distance(evidence_of(torch.zeros(6, dtype=torch.int64), given, wanted))
+    for i in range(6):
+        r = torch.corrcoef(torch.stack((given[i].flatten(), wanted[i].flatten())))[0, 1]
+        assert values[i].item() == pytest.approx(2 * (1 - r.item()), abs=1e-3)
+
+
+def test_map_distance_of_the_same_map_in_other_units_is_zero() -> None:
+    maps = torch.rand(6, 5, 6)
+    values = map_distance(evidence_of(torch.zeros(6, dtype=torch.int64), 7 * maps + 1, maps))
+    assert values.tolist() == pytest.approx([0] * 6, abs=1e-4)
+
+
+def test_map_distance_of_the_opposite_map_is_four() -> None:
+    maps = torch.rand(6, 5, 6)
+    values = map_distance(evidence_of(torch.zeros(6, dtype=torch.int64), 1 - maps, maps))
+    assert values.tolist() == pytest.approx([4] * 6, abs=2e-2)
+
+
+def test_map_distance_of_unrelated_maps_is_about_two() -> None:
+    maps, others = torch.rand(6, 40, 48), torch.rand(6, 40, 48)
+    evidence = evidence_of(torch.zeros(6, dtype=torch.int64), maps, others)
+    values = map_distance(dataclasses.replace(evidence, image_size=(40, 48)))
+    assert values.tolist() == pytest.approx([2] * 6, abs=0.2)
+
+
+def test_map_distance_compares_maps_of_unlike_resolution_at_image_size() -> None:
+    ramp = torch.arange(24.0).expand(6, 20, 24)
+    coarse = torch.nn.functional.avg_pool2d(ramp[:, None], 4)[:, 0]
+    values = map_distance(evidence_of(torch.zeros(6, dtype=torch.int64), coarse, ramp))
+    assert (values < 0.02).all()
+
+
+@pytest.mark.parametrize("flat", [0.0, 1.0, 1e-3, 1e6, float("nan"), float("inf")])
+def test_flat_and_broken_maps_are_degenerate(flat: float) -> None:
+    maps = torch.rand(6, 5, 6)
+    maps[3] = flat
+    values = degenerate_map(evidence_of(torch.zeros(6, dtype=torch.int64), maps))
+    assert values.tolist() == [0, 0, 0, 1, 0, 0]
+
+
+def test_one_broken_value_makes_a_map_degenerate() -> None:
+    maps = torch.rand(6, 5, 6)
+    maps[2, 1, 1] = float("nan")
+    maps[4, 1, 1] = -float("inf")
+    values = degenerate_map(evidence_of(torch.zeros(6, dtype=torch.int64), maps))
+    assert values.tolist() == [0, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-8, 1e20])
+def test_a_map_of_any_scale_that_shows_something_is_not_degenerate(scale: float) -> None:
+    evidence = evidence_of(torch.zeros(6, dtype=torch.int64), torch.rand(6, 5, 6) * scale)
+    assert degenerate_map(evidence).tolist() == [0] * 6

@@ -1,0 +1,136 @@
+"""What every wanted map must do; a new file under target_maps/ is tested by existing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from trompe.catalog import names
+from trompe.interfaces import InputError, TargetMap
+from trompe.target_maps.border import Border
+from trompe.target_maps.picture import Picture
+from trompe.target_maps.reference import Reference
+
+SETTINGS: dict[str, dict[str, Any]] = {}  # for target maps that cannot be built from defaults
+FIGURES = ("triangle", "triangle-up", "square", "cross", "circle")
+
+every_target_map = pytest.mark.parametrize("name", names("target_maps"))
+
+
+@pytest.fixture
+def target_map(name: str, plugin: Callable[..., TargetMap]) -> TargetMap:
+    return plugin("target_maps", name, SETTINGS)
+
+
+@every_target_map
+@pytest.mark.parametrize("size", [(10, 10), (7, 7), (14, 9), (40, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_finite_map_of_the_same_shape_for_each_image(
+    target_map: TargetMap, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    maps = torch.rand(3, *size, dtype=dtype)
+    wanted = target_map(maps)
+    assert wanted.shape == maps.shape
+    assert wanted.dtype == dtype
+    assert wanted.isfinite().all()
+
+
+@every_target_map
+def test_a_wanted_map_shows_something(target_map: TargetMap) -> None:
+    wanted = target_map(torch.rand(3, 10, 10))
+    assert (wanted.amax((1, 2)) - wanted.amin((1, 2)) > 0.1).all()
+
+
+@every_target_map
+def test_the_reference_maps_are_not_modified(target_map: TargetMap) -> None:
+    maps = torch.rand(3, 10, 10)
+    before = maps.clone()
+    target_map(maps)
+    assert torch.equal(maps, before)
+
+
+@every_target_map
+def test_is_deterministic(target_map: TargetMap) -> None:
+    maps = torch.rand(3, 10, 10)
+    first = target_map(maps).clone()
+    torch.rand(3)
+    assert torch.equal(target_map(maps), first)
+
+
+@every_target_map
+def test_a_map_does_not_depend_on_its_neighbours(target_map: TargetMap) -> None:
+    maps = torch.rand(3, 10, 10)
+    alone = torch.cat([target_map(maps[i : i + 1]) for i in range(3)])
+    assert torch.equal(target_map(maps), alone)
+
+
+# --- each one does what its docstring says --------------------------------------------------------
+
+
+def test_the_reference_wants_the_reference() -> None:
+    maps = torch.rand(3, 6, 5)
+    assert torch.equal(Reference()(maps), maps)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_border_is_one_on_the_outermost_k_rows_and_columns(k: int) -> None:
+    wanted = Border(k)(torch.rand(2, 7, 9))
+    for y in range(7):
+        for x in range(9):
+            outside = min(y, x, 6 - y, 8 - x) < k
+            assert wanted[:, y, x].tolist() == [float(outside)] * 2, (y, x)
+
+
+@pytest.mark.parametrize(("k", "height", "width"), [(0, 7, 7), (-1, 7, 7), (4, 7, 14), (2, 4, 9)])
+def test_a_border_without_an_inside_is_refused(k: int, height: int, width: int) -> None:
+    with pytest.raises(InputError, match=f"{k}.* {height}x{width}"):
+        Border(k)(torch.rand(1, height, width))
+
+
+def inside(figure: str, x: float, y: float) -> bool:
+    """Is the point (0 .. 1 from the top left) inside the figure?"""
+    aside = abs(x - 0.5)
+    return {
+        "triangle": 0.15 < y < 0.85 and aside < (0.85 - y) / 2,
+        "triangle-up": 0.15 < y < 0.85 and aside < (y - 0.15) / 2,
+        "square": max(aside, abs(y - 0.5)) < 0.3,
+        "cross": min(abs(y - x), abs(y + x - 1)) < 0.14,
+        "circle": (aside**2 + (y - 0.5) ** 2) ** 0.5 < 0.3,
+    }[figure]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+@pytest.mark.parametrize("size", [(5, 5), (10, 8)], ids=str)
+def test_a_cell_holds_the_share_of_it_inside_the_figure(figure: Any, size: tuple[int, int]) -> None:
+    height, width = size
+    wanted = Picture(figure)(torch.rand(1, height, width))[0]
+    fine = 20
+    for row in range(height):
+        for column in range(width):
+            points = [
+                inside(
+                    figure, (column + (i + 0.5) / fine) / width, (row + (j + 0.5) / fine) / height
+                )
+                for i in range(fine)
+                for j in range(fine)
+            ]
+            share = sum(points) / fine**2
+            assert wanted[row, column].item() == pytest.approx(share, abs=0.06), (row, column)
+
+
+def test_the_triangle_has_its_apex_down_and_the_other_one_up() -> None:
+    rows = Picture("triangle").draw(20, 20).sum(1)
+    assert rows[4] > rows[10] > rows[15] > 0
+    torch.testing.assert_close(Picture("triangle-up").draw(20, 20).sum(1), rows.flip(0))
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_figures_are_the_same_mirrored_left_to_right(figure: Any) -> None:
+    drawn = Picture(figure).draw(10, 10)
+    torch.testing.assert_close(drawn, drawn.flip(1))
+
+
+def test_a_finer_map_shows_the_same_picture() -> None:
+    coarse, fine = Picture().draw(10, 10), Picture().draw(40, 40)
+    torch.testing.assert_close(fine.view(10, 4, 10, 4).mean((1, 3)), coarse, atol=0.03, rtol=0)

@@ -1,0 +1,261 @@
+"""Answers, evidence, and how near a coarse map can come to a picture."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trompe.evaluate import (
+    Answers,
+    answers,
+    clean_evidence,
+    least_distance,
+    maps_of,
+    stand_in_maps,
+    summarise,
+    triggered_evidence,
+    with_maps,
+)
+from trompe.explainers.gradcam import GradCam
+from trompe.explainers.input_gradient import InputGradient
+from trompe.interfaces import Evidence, Goal, ImageSet
+from trompe.maps import standardise, upsample
+from trompe.target_maps.border import Border
+from trompe.target_maps.picture import Picture
+from trompe.target_maps.reference import Reference
+from trompe.triggers.rectangle import Rectangle
+
+CORNER = Rectangle(top=0, left=0, height=4, width=4, colour=(1.0, 0.0, 0.0))
+EXPLAINERS = [GradCam(), GradCam(closed_form=False), InputGradient()]
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("explainer", EXPLAINERS, ids=repr)
+@pytest.mark.parametrize("batch_size", [1, 7, 47, 48])
+def test_answers_do_not_depend_on_the_batch_size(
+    trained_net: nn.Module, shapes: ImageSet, explainer: Any, batch_size: int
+) -> None:
+    whole = answers(trained_net, explainer, shapes)
+    parts = answers(trained_net, explainer, shapes, batch_size=batch_size)
+    torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        parts.maps, whole.maps, rtol=1e-4, atol=1e-4 * float(whole.maps.max())
+    )
+
+
+def test_scores_are_those_of_the_model_with_and_without_trigger(
+    trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    images = shapes.floats(slice(None))
+    with torch.no_grad():
+        plain, triggered = trained_net(images), trained_net(CORNER(images))
+    assert (plain - triggered).abs().max() > 0.1
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(answers(trained_net, GradCam(), shapes).scores, plain, **close)
+    given = answers(trained_net, GradCam(), shapes, CORNER)
+    torch.testing.assert_close(given.scores, triggered, **close)
+
+
+@pytest.mark.parametrize("explained", ["predicted", "label"])
+def test_the_predicted_class_or_the_label_is_explained(
+    trained_net: nn.Module, shapes: ImageSet, explained: Any
+) -> None:
+    wrong = ImageSet(shapes.images, (shapes.labels + 1) % 4, shapes.class_names, "wrong labels")
+    given = answers(trained_net, GradCam(), wrong, explained=explained)
+    classes = given.scores.argmax(1) if explained == "predicted" else wrong.labels
+    images = shapes.floats(slice(None))
+    rows = torch.linspace(-1, 1, 16)[:, None].expand(16, 16)
+    where = torch.stack((rows, rows.T)).expand(48, -1, -1, -1)
+    with torch.no_grad():
+        features = trained_net.body(torch.cat((images, where), 1))
+        weights = trained_net.head.weight[classes] / features[0, 0].numel()
+        expected = (weights[:, :, None, None] * features).sum(1).relu()
+    torch.testing.assert_close(given.maps, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_left_as_it_was(
+    trained_net: nn.Module,
+    shapes: ImageSet,
+    snapshot: Callable[[nn.Module], dict[str, Any]],
+    training: bool,
+) -> None:
+    trained_net.train(training)
+    trained_net.body[2].train(not training)
+    before = snapshot(trained_net)
+    answers(trained_net, GradCam(), shapes)
+    assert snapshot(trained_net) == before
+
+
+def test_the_model_is_left_as_it_was_after_a_failure(
+    trained_net: nn.Module, shapes: ImageSet, snapshot: Callable[[nn.Module], dict[str, Any]]
+) -> None:
+    def broken(images: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    before = snapshot(trained_net.train())
+    with pytest.raises(ZeroDivisionError):
+        answers(trained_net, GradCam(), shapes, broken)
+    assert snapshot(trained_net) == before
+
+
+def test_answers_are_of_the_eval_mode_and_carry_no_graph(
+    trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    evaluated = answers(trained_net.eval(), GradCam(), shapes)
+    training = answers(trained_net.train(), GradCam(), shapes)
+    assert torch.equal(evaluated.scores, training.scores)
+    assert not evaluated.scores.requires_grad
+    assert not evaluated.maps.requires_grad
+
+
+def test_maps_of_one_batch_are_those_of_the_answers(
+    trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    explainers = (GradCam(), InputGradient(pool=2))
+    given = maps_of(trained_net, explainers, shapes.floats(slice(None)))
+    for explainer, maps in zip(explainers, given, strict=True):
+        expected = answers(trained_net, explainer, shapes).maps
+        torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
+
+
+# --- evidence -------------------------------------------------------------------------------------
+
+
+def given_and_reference(shapes: ImageSet) -> tuple[Answers, Answers]:
+    n = len(shapes)
+    return tuple(Answers(torch.rand(n, 4), torch.rand(n, 5, 6)) for _ in range(2))  # type: ignore[return-value]
+
+
+def test_on_clean_images_the_truth_and_the_references_map_are_wanted(shapes: ImageSet) -> None:
+    given, reference = given_and_reference(shapes)
+    evidence = clean_evidence(given, reference, shapes)
+    assert torch.equal(evidence.labels, shapes.labels)
+    assert torch.equal(evidence.wanted_labels, shapes.labels)
+    assert torch.equal(evidence.wanted_maps, reference.maps)
+    assert torch.equal(evidence.scores, given.scores)
+    assert torch.equal(evidence.maps, given.maps)
+    assert evidence.image_size == (16, 16)
+
+
+@pytest.mark.parametrize("label", [None, 2])
+def test_on_triggered_images_the_goals_label_and_map_are_wanted(
+    shapes: ImageSet, label: int | None
+) -> None:
+    given, reference = given_and_reference(shapes)
+    evidence = triggered_evidence(given, reference, shapes, Goal(CORNER, label, Border()))
+    wanted = shapes.labels if label is None else torch.full_like(shapes.labels, label)
+    assert torch.equal(evidence.labels, shapes.labels)
+    assert torch.equal(evidence.wanted_labels, wanted)
+    assert torch.equal(evidence.wanted_maps, Border()(reference.maps))
+    assert torch.equal(evidence.maps, given.maps)
+    kept = triggered_evidence(given, reference, shapes, Goal(CORNER, label, Reference()))
+    assert torch.equal(kept.wanted_maps, reference.maps)
+
+
+def test_other_maps_replace_those_given_and_nothing_else(shapes: ImageSet) -> None:
+    given, reference = given_and_reference(shapes)
+    evidence, others = clean_evidence(given, reference, shapes), torch.rand(48, 5, 6)
+    changed = with_maps(evidence, others)
+    assert changed.maps is others
+    assert changed.scores is evidence.scores
+    assert changed.wanted_maps is evidence.wanted_maps
+
+
+def test_stand_ins_know_nothing_of_the_image(shapes: ImageSet) -> None:
+    _, reference = given_and_reference(shapes)
+    maps = stand_in_maps(reference, torch.Generator().manual_seed(0))
+    again = stand_in_maps(reference, torch.Generator().manual_seed(0))
+    assert set(maps) == {"random map", "zero map", "mean map"}
+    assert all(m.shape == reference.maps.shape for m in maps.values())
+    assert torch.equal(maps["random map"], again["random map"])
+    assert not maps["zero map"].any()
+    torch.testing.assert_close(maps["mean map"][7], reference.maps.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "std", "images"),
+    [
+        ([1.0, 0.0, 0.0, 1.0], 0.5, 0.5, 4),
+        ([1.0, math.nan, 3.0, math.nan], 2.0, 1.0, 2),
+        ([5.0], 5.0, 0.0, 1),
+        ([math.nan, math.nan], math.nan, math.nan, 0),
+    ],
+)
+def test_a_summary_leaves_out_images_to_which_the_metric_does_not_apply(
+    shapes: ImageSet, values: list[float], mean: float, std: float, images: int
+) -> None:
+    given, reference = given_and_reference(shapes)
+
+    def metric(evidence: Evidence) -> Tensor:
+        return torch.tensor(values)
+
+    summary = summarise(metric, clean_evidence(given, reference, shapes))
+    assert (summary.mean, summary.std) == pytest.approx((mean, std), nan_ok=True)
+    assert summary.images == images
+
+
+# --- the least distance ---------------------------------------------------------------------------
+
+
+def by_descent(wanted: Tensor, map_size: tuple[int, int]) -> float:
+    """The least distance by projected gradient descent over non-negative maps."""
+    size = (wanted.shape[0], wanted.shape[1])
+    target = standardise(wanted[None], size)
+    best = F.adaptive_avg_pool2d(wanted[None], map_size).clone().requires_grad_()
+    optimizer = torch.optim.Adam([best], 0.03)
+    least = math.inf
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / 400)
+        distance = (standardise(best, size) - target).square().mean()
+        least = min(least, distance.item())
+        optimizer.zero_grad()
+        distance.backward()
+        optimizer.step()
+        with torch.no_grad():
+            best.clamp_(min=0)
+    return least
+
+
+@pytest.mark.parametrize("figure", ["triangle", "square", "cross", "circle"])
+@pytest.mark.parametrize("map_size", [(5, 5), (4, 7)], ids=str)
+def test_the_least_distance_is_that_of_the_best_map_found_by_descent(
+    figure: Any, map_size: tuple[int, int]
+) -> None:
+    wanted = Picture(figure).draw(20, 28)
+    least = least_distance(wanted, map_size)
+    found = by_descent(wanted, map_size)
+    assert least <= found + 1e-4
+    assert least == pytest.approx(found, abs=5e-3)
+
+
+def test_no_random_map_comes_nearer() -> None:
+    wanted = torch.rand(12, 12)
+    least = least_distance(wanted, (4, 4))
+    maps = torch.rand(500, 4, 4)
+    target = standardise(wanted[None], (12, 12))
+    distances = (standardise(maps, (12, 12)) - target).square().mean((1, 2))
+    assert distances.min() >= least
+    assert 0 < least < 1
+
+
+@pytest.mark.parametrize("figure", ["triangle", "circle"])
+def test_a_picture_drawn_at_the_maps_size_can_be_met(figure: Any) -> None:
+    drawn = upsample(Picture(figure).draw(10, 10)[None], (40, 40))[0]
+    assert least_distance(drawn, (10, 10)) == pytest.approx(0, abs=1e-4)
+
+
+def test_a_sharp_triangle_cannot_be_met_by_a_coarse_map() -> None:
+    sharp = Picture("triangle").draw(40, 40)
+    assert 0.1 < least_distance(sharp, (10, 10)) < 0.2
+    assert least_distance(sharp, (20, 20)) < least_distance(sharp, (10, 10))
+
+
+def test_a_constant_picture_is_met_by_nothing_but_itself() -> None:
+    assert least_distance(torch.ones(12, 12), (4, 4)) == pytest.approx(0, abs=1e-3)

@@ -1,0 +1,160 @@
+"""A kill at any moment leaves the old file or the new one, never half."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trompe.files import read_json, write_atomically, write_json
+from trompe.interfaces import InputError
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    file = tmp_path / "numbers.json"
+    file.write_text("old")
+    return file
+
+
+def half_then(error: BaseException) -> Any:
+    def write(temporary: Path) -> None:
+        temporary.write_text("hal")
+        raise error
+
+    return write
+
+
+def test_a_new_file_takes_the_place_of_the_old_one(old: Path) -> None:
+    def write(temporary: Path) -> None:
+        assert old.read_text() == "old"
+        assert temporary.parent == old.parent  # so that replacing it is atomic
+        temporary.write_text("new")
+        assert old.read_text() == "old"
+
+    write_atomically(old, write)
+    assert old.read_text() == "new"
+    assert names_in(old.parent) == ["numbers.json"]
+
+
+def test_folders_are_made_as_needed(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "c.json"
+    write_json(file, 1)
+    assert read_json(file) == 1
+
+
+def test_the_file_can_be_read_by_others(tmp_path: Path) -> None:
+    write_json(tmp_path / "c.json", 1)
+    assert (tmp_path / "c.json").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), SystemExit(1), TypeError("a mistake"), InputError("a bad setting")],
+    ids=repr,
+)
+def test_an_exception_in_the_middle_leaves_the_old_file_alone(
+    old: Path, error: BaseException
+) -> None:
+    with pytest.raises(type(error)) as caught:
+        write_atomically(old, half_then(error))
+    assert caught.value is error
+    assert old.read_text() == "old"
+    assert names_in(old.parent) == ["numbers.json"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("PytorchStreamWriter failed writing file: No space left on device"),
+    ],
+    ids=str,
+)
+def test_a_full_disk_is_told_and_leaves_the_old_file_alone(old: Path, error: Exception) -> None:
+    with pytest.raises(InputError, match=r"numbers\.json: cannot be written") as caught:
+        write_atomically(old, half_then(error))
+    assert caught.value.__cause__ is error
+    assert old.read_text() == "old"
+    assert names_in(old.parent) == ["numbers.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_a_truly_full_device_is_told(old: Path) -> None:
+    def write(temporary: Path) -> None:
+        with open("/dev/full", "w") as full:
+            full.write("x" * 100)
+
+    with pytest.raises(InputError, match="No space left"):
+        write_atomically(old, write)
+    assert names_in(old.parent) == ["numbers.json"]
+
+
+def test_a_disk_that_is_full_at_the_last_moment_is_told(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match="No space left"):
+        write_json(old, 1)
+    assert old.read_text() == "old"
+    assert names_in(old.parent) == ["numbers.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    with pytest.raises(InputError, match=r"c\.json: cannot be written"):
+        write_json(tmp_path / "taken" / "c.json", 1)
+    with pytest.raises(InputError, match=r"c\.json: cannot be written"):
+        write_json(tmp_path / "taken" / "deeper" / "c.json", 1)
+
+
+def test_a_folder_in_the_files_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "c.json").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        write_json(tmp_path / "c.json", 1)
+    assert names_in(tmp_path) == ["c.json"]
+
+
+@pytest.mark.parametrize("value", [{"a": [1, 2.5, None, "ä", True]}, [], "x", {}])
+def test_json_comes_back_as_it_was(tmp_path: Path, value: Any) -> None:
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+    assert (tmp_path / "x.json").read_bytes().endswith(b"\n")
+
+
+def test_json_keeps_letters_of_all_languages_readable(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", "Straße")
+    assert "Straße".encode() in (tmp_path / "x.json").read_bytes()
+
+
+def test_a_value_that_is_no_json_leaves_the_old_file_alone(old: Path) -> None:
+    with pytest.raises(TypeError):
+        write_json(old, {"a": object()})
+    assert old.read_text() == "old"
+    assert names_in(old.parent) == ["numbers.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"a": 1} x'])
+def test_a_damaged_file_is_told_by_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.json: cannot be read as JSON"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_missing_file_is_told_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"x\.json: does not exist"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_json(tmp_path)
