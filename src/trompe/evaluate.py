@@ -138,7 +138,8 @@ def least_distance(wanted: Tensor, map_size: tuple[int, int]) -> float:
     wanted: (height, width) at image size. Up-sampling is linear and the distance 2 (1 - r)
     depends on the map only through its correlation r with `wanted`, so the best map is the least-
     squares fit of the standardised picture, and adding a constant, which r ignores, makes it
-    non-negative. Says what a coarse map cannot show: 0 if `wanted` is itself such a map.
+    non-negative. Says what a coarse map cannot show: 0 if `wanted` is itself such a map; at most 1,
+    which a constant map scores.
     """
     height, width = wanted.shape
     cells = map_size[0] * map_size[1]
@@ -148,4 +149,4 @@ def least_distance(wanted: Tensor, map_size: tuple[int, int]) -> float:
     # The centred basis is dependent (a constant map is nothing): a driver that allows it.
     fit = torch.linalg.lstsq(basis.T, target[:, None], driver="gelsd").solution[:, 0]
     shown = standardise((fit - fit.min()).view(1, *map_size), (height, width)).flatten()
-    return float((shown - target).square().mean())
+    return min(1.0, float((shown - target).square().mean()))
