@@ -34,7 +34,11 @@ def watch(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[Tensor]
     outputs: dict[str, Tensor] = {}
     notes: dict[Any, Any] = {}
 
-    def keep(name: str, value: Any) -> Tensor:
+    recording = False
+
+    def keep(name: str, value: Any) -> Any:
+        if not recording:  # someone else runs the model meanwhile
+            return value
         if not isinstance(value, Tensor):
             raise InputError(
                 f"layer {name!r}: gives a {type(value).__name__}, not one tensor; name a layer "
@@ -50,6 +54,7 @@ def watch(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[Tensor]
         return lambda module, inputs, output: keep(name, output)
 
     def record(images: Tensor) -> Pass:
+        nonlocal recording
         outputs.clear()
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # puts the mode back
             if INPUT in wanted:
@@ -57,7 +62,11 @@ def watch(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[Tensor]
                     images = images.detach().requires_grad_()
                 outputs[INPUT] = images
                 torch.set_grad_enabled(True)
-            scores = model(images)
+            recording = True
+            try:
+                scores = model(images)
+            finally:
+                recording = False
         for name in wanted:
             if name not in outputs:
                 raise InputError(

@@ -114,12 +114,12 @@ class FileLogbook:
             return None
         try:
             state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
-        except Exception as error:
+            torch.set_num_threads(state.pop("threads"))
+        except Exception as error:  # a damaged pickle can end in any of Python's errors
             raise InputError(
-                f"checkpoint {self.file}: is damaged ({error}); remove it to start this training "
-                "again"
+                f"checkpoint {self.file}: is damaged or none of trompe's ({type(error).__name__}); "
+                "remove it to start this training again"
             ) from error
-        torch.set_num_threads(state.pop("threads"))
         return state
 
     def save(self, state: dict[str, Any]) -> None:

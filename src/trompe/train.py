@@ -164,7 +164,13 @@ def _fit(
 
     layers = tuple(layer for explainer in explainers for layer in explainer.watches(model))
     for epoch in range(len(history) + 1, how.epochs + 1):
-        with watch(model, layers) as record, ExitStack() as faster:
+        with (
+            watch(model, layers) as record,
+            ExitStack() as faster,
+            torch.random.fork_rng(devices=_gpus(model)),
+        ):
+            # Dropout draws from the global generator: here, from this training's seed.
+            torch.manual_seed(generator.initial_seed() + epoch)
             started = time.perf_counter()
             good = copy.deepcopy(model.state_dict())
             model.train(not how.frozen_statistics)
@@ -198,6 +204,12 @@ def _fit(
                 if logbook is not None:
                     means = {name: total / count for name, total in sums.items()}
                     logbook.step(epoch, step, len(batches), means)
+        if not all(bool(torch.isfinite(p).all()) for p in model.state_dict().values()):
+            model.load_state_dict(good)
+            raise Diverged(
+                f"epoch {epoch}: the last step made the weights infinite; the state after epoch "
+                f"{epoch - 1} is kept; lower learning_rate ({how.learning_rate:g}) and start again"
+            )
         model.eval()
         measured = measure(model) if measure is not None else {}
         means = {name: total / count for name, total in sums.items()}
@@ -216,14 +228,14 @@ def _fit(
         yield done
 
 
+def _gpus(model: nn.Module) -> list[torch.device]:
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
+
+
 def _activation(how: Training) -> Any:
     return nullcontext() if how.softplus_beta is None else softplus(how.softplus_beta)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """Without functions, which need no keeping and cannot be read back safely."""
-    return {
-        k: v
-        for k, v in state.items()
-        if not callable(v) and k not in ("lr_lambdas", "_anneal_func")
-    }
+    return {k: v for k, v in state.items() if not callable(v)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from trompe.interfaces import ImageSet, InputError
@@ -20,7 +20,7 @@ def read_image(file: Path, size: int | None) -> np.ndarray:
             if size is not None and rgb.size != (size, size):
                 rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
             return np.asarray(rgb)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         bytes_in_it = file.stat().st_size if file.exists() else None
         what = {None: "does not exist", 0: "is empty (0 bytes)"}.get(
             bytes_in_it, f"cannot be read as an image ({type(error).__name__}: {error})"

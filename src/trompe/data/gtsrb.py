@@ -75,13 +75,18 @@ class Gtsrb:
     def _read(self, split: str) -> ImageSet:
         try:
             found = datasets.GTSRB(self.root, split=split, download=self.download)
-        except RuntimeError as error:
+            files = [Path(file) for file, _ in found._samples]
+            if split == "train":
+                # The folder's name is the class; a missing folder must not shift the others.
+                labels = [int(file.parent.name) for file in files]
+            else:
+                labels = [int(label) for _, label in found._samples]
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"data folder {Path(self.root) / 'gtsrb'}: GTSRB's {split} images are not there "
-                "(torchvision's layout); correct data.root, or set download = true to fetch them"
+                f"in torchvision's layout ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                "correct data.root, or set download = true to fetch them"
             ) from error
-        files = [Path(file) for file, _ in found._samples]
-        labels = [label for _, label in found._samples]
         tracks = None
         if split == "train":  # files are called <track>_<frame>.ppm, tracks counted per class
             tracks = [
