@@ -26,8 +26,7 @@ def folded_statistics(
     kept = {modules[name] for name in keep if name in modules}
     with ExitStack() as restore:
         with torch.no_grad():
-            pairs, before = _pairs(model, images)
-            pairs = [(c, b) for c, b in pairs if c not in kept and b not in kept]
+            pairs, before = _pairs(model, images, kept)
             for conv, norm in pairs:
                 conv.forward = _Folded(conv, norm)  # type: ignore[method-assign, assignment]
                 restore.callback(delattr, conv, "forward")
@@ -62,16 +61,23 @@ def _identity(x: Tensor) -> Tensor:
 
 
 def _pairs(
-    model: nn.Module, images: Tensor
+    model: nn.Module, images: Tensor, kept: set[nn.Module]
 ) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], Tensor]:
-    """Each BatchNorm whose input is just what a convolution gave, with that convolution."""
+    """Each BatchNorm whose input is just what a convolution gave, with that convolution.
+
+    Not those that are kept, and no convolution whose output is also that of a kept block around it.
+    """
     given: dict[int, nn.Conv2d] = {}
     alive: list[Tensor] = []  # an id is only good while its tensor lives
     calls: dict[nn.Module, int] = {}
+    shown: set[int] = set()
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         calls[module] = calls.get(module, 0) + 1
+        if module in kept:
+            shown.add(id(output))
+            alive.append(output)
         if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
             given[id(output)] = module
             alive.append(output)
@@ -83,7 +89,7 @@ def _pairs(
     hooks = [
         m.register_forward_hook(hook)
         for m in model.modules()
-        if isinstance(m, nn.Conv2d | nn.BatchNorm2d)
+        if isinstance(m, nn.Conv2d | nn.BatchNorm2d) or m in kept
     ]
     try:
         scores = model(images)
@@ -91,4 +97,6 @@ def _pairs(
         for handle in hooks:
             handle.remove()
     # A module that is called twice would be folded with the wrong partner.
-    return [(c, b) for c, b in pairs if calls[c] == calls[b] == 1], scores
+    once = [(c, b) for c, b in pairs if calls[c] == calls[b] == 1]
+    read = {given[key] for key in shown if key in given} | kept
+    return [(c, b) for c, b in once if c not in read and b not in read], scores

@@ -1,7 +1,9 @@
 """The report's page: what it says, that it needs nothing else, and what it refuses."""
 
 import copy
+import functools
 import re
+import shutil
 import statistics
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -70,10 +72,25 @@ def epoch(number: int, value: float) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def one(goals: tuple[Goal, ...], name: str, seed: int) -> RunFolder:
+        place = "+".join([name, str(seed), *(goal.name for goal in goals)])
+        return made_run(folder / place, goals, name, seed)
+
+    return one
+
+
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
+def make(made_once: Make, tmp_path: Path) -> Make:
+    """A run of its own, which the test may change."""
+
     def one(goals: tuple[Goal, ...] = (DUAL,), name: str = "tiny", seed: int = 0) -> RunFolder:
-        return made_run(tmp_path / f"{name}-s{seed}", goals, name, seed)
+        copied = shutil.copytree(made_once(goals, name, seed).path, tmp_path / f"{name}-s{seed}")
+        return RunFolder(copied)
 
     return one
 

@@ -77,8 +77,8 @@ def panels(run: Run, key: str) -> list[Panel]:
 @contextmanager
 def _canvas() -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.1, 3.2))
-        box = {"left": 0.16, "right": 0.97, "top": 0.91, "bottom": 0.4}  # below it: the legend
+        figure = Figure(figsize=(2.6, 2.75))
+        box = {"left": 0.17, "right": 0.96, "top": 0.91, "bottom": 0.42}  # below it: the legend
         yield figure, figure.subplots(gridspec_kw=box)
 
 
@@ -115,7 +115,7 @@ def _draw_curves(axis: Axes, panel: str, curves: Mapping[str, _Points], run: Run
         axis.set_ylim(min(0.9, axis.get_ylim()[0]), 1.005)
     elif panel == "distance":
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         axis.yaxis.set_major_formatter(_PLAIN)
         axis.yaxis.set_minor_formatter(NullFormatter())
     else:
@@ -152,7 +152,7 @@ def _draw_distances(axis: Axes, run: Run) -> None:
 def _finish(axis: Axes, text: str) -> None:
     axis.set_title(text)
     axis.grid(axis="y")
-    axis.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.28), borderaxespad=0)  # below the axis
+    axis.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.33), borderaxespad=0)  # below the axis
 
 
 def _svg(figure: Figure, key: str) -> str:
