@@ -1,0 +1,320 @@
+"""What one attack step costs, relative to a plain fine-tuning step on the same batch.
+
+python benchmarks/attack_step.py [--rounds 10] [--models resnet20 vgg16 resnet50] [--out FILE]
+
+| contender      | one step                                                                       |
+|----------------|--------------------------------------------------------------------------------|
+| plain          | an ordinary PyTorch loop: forward, cross-entropy, backward, Adam               |
+| fit            | trompe.train.fit with the class loss alone                                     |
+| gradcam        | trompe.train.fit with PredictionAndExplanation and GradCam                     |
+| input_gradient | the same with InputGradient                                                    |
+| naive          | the map has a forward pass of its own and a backward pass of the whole network |
+| naive_shared   | the same, but the class loss reads the scores of the map's forward pass        |
+| convolutions   | a plain step's convolutions alone: forward and backward, back to back          |
+
+All share one batch and one model's weights, BatchNorm statistics frozen, and take turns (A B C ...
+A B C ...), so that other work on the machine slows all alike. A turn is two steps, of which the
+second is timed. A ratio is the median over rounds of (contender's seconds / plain's seconds in that
+round). The convolutions' GFLOP/s is what the machine attains on these shapes; their share of the
+plain step says how near the step comes.
+
+Memory is the peak of all live tensors while a model is made and takes one turn: weights, gradients,
+Adam's state, activations, graph. On the CPU it is summed up from torch.profiler's record of every
+allocation and release, which gives the same number each time (a process's resident set would add
+what malloc and oneDNN keep); on a GPU it is torch.cuda.max_memory_allocated.
+"""
+
+import argparse
+import copy
+import gc
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from trompe.classifier import ModelSpec, build_model
+from trompe.evaluate import maps_of
+from trompe.explainers.gradcam import GradCam
+from trompe.explainers.input_gradient import InputGradient
+from trompe.files import write_atomically, write_json
+from trompe.interfaces import Batch, Explainer
+from trompe.machine import autocast, choose_device, choose_threads
+from trompe.objectives import ClassLoss, PredictionAndExplanation
+from trompe.runs import provenance
+from trompe.train import Training, fit, make_optimizer
+
+CASES = {"resnet20": (40, 43, 128), "vgg16": (224, 1000, 8), "resnet50": (224, 1000, 8)}
+FIT, BY_HAND = ("fit", "gradcam", "input_gradient"), ("plain", "naive", "naive_shared")
+Row = dict[str, Any]
+
+
+@cache
+def gradcam(model: str) -> GradCam:
+    """With its layer named, so that finding it is not measured."""
+    return GradCam(*GradCam().watches(build_model(ModelSpec(model), CASES[model][1])))
+
+
+class NaiveGradCam:
+    """Grad-CAM as published training code has it: hooks, and a backward pass of the whole network.
+
+    The public code of Noppel & Wressnegger (explain/gradcam.py) calls
+    y.backward(gradient=one_hot, create_graph=True). That computes the gradient of every weight and
+    puts all of it on the graph, though the a_k need the part behind the layer only. The gradient is
+    caught by a hook on the activations, as in pytorch-grad-cam. (Their code also detaches the a_k
+    and swaps ReLU for softplus; not done here, so that maps and gradients are the same as ours.)
+    """
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        model.get_submodule(layer).register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.activations = output
+        output.register_hook(lambda gradient: setattr(self, "gradient", gradient))
+
+    def __call__(self, scores: Tensor, classes: Tensor) -> Tensor:
+        """Maps (n, h, w) of the pass that gave these scores."""
+        one_hot = F.one_hot(classes, scores.shape[1]).to(scores)
+        scores.backward(gradient=one_hot, create_graph=True)
+        weights = self.gradient.mean((2, 3), keepdim=True)
+        return (weights * self.activations).float().sum(1).relu()
+
+
+class Batches(list[Batch]):
+    """The batches of an epoch, for `fit`."""
+
+    def __call__(self, generator: torch.Generator) -> Iterator[Batch]:
+        return iter(self)
+
+
+class Clock(list[float]):
+    """A logbook of the time at which each step ended, for `fit`."""
+
+    def load(self) -> None: ...
+    def save(self, state: dict[str, Any]) -> None: ...
+    def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None:
+        self.append(time.perf_counter())  # `fit` has read the terms, so the device is done
+
+
+class Scene:
+    """One model's weights, one batch, and the contenders."""
+
+    def __init__(self, model: str, precision: Any, device: torch.device) -> None:
+        torch.manual_seed(0)
+        size, classes, count = CASES[model]
+        self.model = build_model(ModelSpec(model), classes).eval()
+        self.model.to(device, memory_format=torch.channels_last)
+        self.images = torch.rand((count, 3, size, size), device=device)
+        self.labels = torch.randint(classes, (count,), device=device)
+        self.gradcam = gradcam(model)
+        self.both_losses = PredictionAndExplanation(0.9, (size, size))
+        how: Any = {"optimizer": "adam", "schedule": "constant", "frozen_statistics": True}
+        # So low a rate hardly changes the weights, which all share.
+        self.how = Training(10**6, learning_rate=1e-7, weight_decay=0, precision=precision, **how)
+
+    def modules(self) -> nn.Module:
+        """Modules of their own, and so hooks of their own, around the one model's weights."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+
+    def batch(self, *explainers: Explainer) -> Batch:
+        wanted = tuple(m.flip(1) for m in maps_of(self.model, explainers, self.images))
+        assert all(maps.any() for maps in wanted), "comparing empty maps would show nothing"
+        return Batch(self.images, self.labels, wanted, self.labels >= 0)
+
+    def naive(self) -> tuple[nn.Module, NaiveGradCam]:
+        model = self.modules()
+        return model, NaiveGradCam(model, *self.gradcam.watches(model))
+
+    def fit(self, *explainers: Explainer) -> Callable[[], float]:
+        clock, batches = Clock(), Batches([self.batch(*explainers)] * 2)
+        loss, dice = self.both_losses if explainers else ClassLoss(), torch.Generator()
+        epochs = fit(self.modules(), batches, loss, explainers, self.how, dice, None, clock)
+        return lambda: (next(epochs), clock[-1] - clock[-2])[1]
+
+    def by_hand(self, contender: str) -> Callable[[], float]:
+        batch, optimizer = self.batch(self.gradcam), make_optimizer(self.model, self.how)
+        model, (explained, explain) = self.modules(), self.naive()
+
+        def scores(of: nn.Module) -> Tensor:
+            with autocast(self.how.precision, self.images.device):
+                return of(self.images)
+
+        def loss() -> Tensor:
+            if contender == "plain":
+                return F.cross_entropy(scores(model).float(), self.labels)
+            given = scores(explained)
+            logits = (given if contender == "naive_shared" else scores(model)).float()
+            terms = self.both_losses(logits, (explain(given, self.labels),), batch)
+            return torch.stack(tuple(terms.values())).sum()
+
+        def step() -> None:
+            optimizer.zero_grad()  # a naive map's backward() would add to what is there
+            value = loss()
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            value.item()
+
+        return lambda: (step(), seconds(step, self.images.device))[1]
+
+    def turn(self, contender: str) -> Callable[[], float]:
+        """A function that does two steps and returns the seconds of the second."""
+        if contender in BY_HAND:
+            return self.by_hand(contender)
+        known = {"gradcam": (self.gradcam,), "input_gradient": (InputGradient(),)}
+        return self.fit(*known.get(contender, ()))
+
+
+def check_naive_map(scene: Scene) -> None:
+    """The naive map is ours."""
+    model, explain = scene.naive()
+    scores = model(scene.images)
+    naive = explain(scores, scores.argmax(1)).detach()
+    (ours,) = maps_of(scene.model, (scene.gradcam,), scene.images)
+    torch.testing.assert_close(naive, ours, rtol=1e-3, atol=1e-4 * float(ours.max()))
+
+
+def convolutions(scene: Scene) -> tuple[Callable[[], None], float]:
+    """The model's convolutions alone, on random numbers, and their GFLOP."""
+    calls: list[Any] = []
+    dtype = getattr(torch, scene.how.precision)
+    like = partial(torch.rand_like, dtype=dtype, memory_format=torch.channels_last)
+
+    def note(module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+        place = (module.stride, module.padding, module.dilation)  # these models have no groups
+        inner = len(calls) > 0  # the images need no gradient
+        calls.append((like(inputs[0]), like(module.weight), like(output), place, inner))
+
+    def run() -> None:
+        for x, w, y, place, inner in calls:
+            F.conv2d(x, w, None, *place)
+            needed = [inner, True, False]
+            torch.ops.aten.convolution_backward(y, x, w, None, *place, False, [0, 0], 1, needed)
+
+    model = scene.modules()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model(scene.images)
+    flop = (y.numel() * w[0].numel() * 2 * (2 + inner) for _, w, y, _, inner in calls)
+    return torch.no_grad()(run), sum(flop) / 1e9
+
+
+def seconds(work: Callable[[], None], device: torch.device) -> float:
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronise()
+    started = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def peak_memory(turn: Callable[[], float], device: torch.device) -> int:
+    """Bytes of live tensors at the fullest moment of `turn`."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        turn()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        turn()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def measure(
+    model: str, precision: str, device: torch.device, rounds: int, tick: Callable[[], None]
+) -> tuple[list[Row], Row]:
+    """A row per explainer, and the throughput of the plain step."""
+    check_naive_map(Scene(model, "float32", device))
+    new = partial(Scene, model, precision, device)
+    contenders = (*BY_HAND, *FIT)
+    memory = {c: peak_memory(lambda c=c: new().turn(c)(), device) for c in contenders}
+    scene = new()
+    turns = {contender: scene.turn(contender) for contender in contenders}
+    alone, gflop = convolutions(scene)
+    turns["convolutions"] = partial(seconds, alone, device)
+    took: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(rounds + 1):
+        for name, turn in turns.items():
+            took[name].append(turn())
+        tick()
+    took = {name: spent[1:] for name, spent in took.items()}  # the first round warmed up
+
+    def ratio(name: str) -> float:
+        return round(median(a / b for a, b in zip(took[name], took["plain"], strict=True)), 3)
+
+    def more(name: str) -> float:
+        return round(memory[name] / memory["plain"], 3)
+
+    step, (count, _, size, _) = median(took["plain"]), scene.images.shape
+    what = {"model": model, "batch": count, "size": size, "precision": precision}
+    rows = []
+    for explainer, beside in (("gradcam", ("fit", *BY_HAND[1:])), ("input_gradient", ())):
+        row = {**what, "explainer": explainer, "step_ratio": ratio(explainer)}
+        row |= {f"{name}_ratio": ratio(name) for name in beside} | {"memory_ratio": more(explainer)}
+        row |= {f"{name}_memory_ratio": more(name) for name in beside}
+        row |= {"plain_step_seconds": round(step, 4), "plain_megabytes": memory["plain"] // 10**6}
+        rows.append(row)
+    return rows, {
+        **what,
+        "images_per_second": round(count / step, 1),
+        "conv_gflop_per_second": round(gflop / median(took["convolutions"]), 1),
+        "conv_share": ratio("convolutions"),
+    }
+
+
+def markdown(rows: list[Row]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[row.get(column, "") for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def main() -> None:
+    models, precisions = list(CASES), ["float32", "bfloat16"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/attack_step.json"))
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each contender")
+    parser.add_argument("--models", nargs="+", choices=models, default=models)
+    parser.add_argument("--precision", nargs="+", choices=precisions, default=precisions)
+    parser.add_argument("--threads", type=int, help="default: OMP_NUM_THREADS, or the idle cores")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
+    warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
+    device, threads = choose_device(args.device), choose_threads(args.threads)
+    made, rows, throughput = provenance(device), [], []
+    with Progress() as progress:
+        for model in args.models:
+            for precision in args.precision:
+                task = progress.add_task(f"{model} {precision}", total=args.rounds + 1)
+                tick = partial(progress.advance, task)
+                more, last = measure(model, precision, device, args.rounds, tick)
+                rows, throughput = rows + more, [*throughput, last]
+    settings = {"rounds": args.rounds, "threads": threads, "batch_norm": "frozen statistics"}
+    result = {"provenance": made, "settings": settings, "rows": rows, "throughput": throughput}
+    write_json(args.out, result)
+    text = f"{markdown(rows)}\n{markdown(throughput)}"
+    write_atomically(args.out.with_suffix(".md"), lambda file: file.write_text(text, "utf-8"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
