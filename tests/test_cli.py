@@ -131,6 +131,8 @@ def test_a_killed_attack_goes_on_and_ends_in_the_same_bits(
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("runs/tiny-s0-*/checkpoint.pt")):
