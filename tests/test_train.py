@@ -330,7 +330,7 @@ def test_one_cycle_warms_up_and_anneals_to_almost_nothing() -> None:
     assert seen[-1] < 0.05 / 100
 
 
-def test_frozen_parameters_stay(tiny_net: Callable[..., nn.Module]) -> None:
+def test_parameters_that_need_no_gradient_stay(tiny_net: Callable[..., nn.Module]) -> None:
     model = tiny_net().float()
     model.body.requires_grad_(False)
     before = state_of(model)
@@ -338,6 +338,49 @@ def test_frozen_parameters_stay(tiny_net: Callable[..., nn.Module]) -> None:
     after = model.state_dict()
     assert all(torch.equal(after[k], before[k]) for k in after if k.startswith("body"))
     assert not torch.equal(after["head.weight"], before["head.weight"])
+
+
+@pytest.mark.parametrize("explainer", [GradCam(), GradCam(layer="body.0"), InputGradient(pool=2)])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_frozen_parameters_stay_and_the_others_train_as_without_their_gradient(
+    tiny_net: Callable[..., nn.Module], explainer: Any, optimizer: Any
+) -> None:
+    model, other = tiny_net(norm=True).float(), tiny_net(norm=True).float()
+    other.load_state_dict(model.state_dict())
+    before = state_of(model)
+    how = dataclasses.replace(PLAIN, optimizer=optimizer, softplus_beta=8.0)
+    settings: dict[str, Any] = {
+        "batches": Steps(maps=1),
+        "objective": PredictionAndExplanation(0.5, (10, 8)),
+        "explainers": (explainer,),
+    }
+    train(model, dataclasses.replace(how, frozen=("body.0", "body.2.bias")), **settings)
+    for key in ("body.0.weight", "body.0.bias", "body.2.bias"):
+        assert torch.equal(model.state_dict()[key], before[key])
+        other.get_parameter(key).requires_grad_(False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    train(other, how, **settings)
+    assert same(model.state_dict(), other.state_dict())
+    assert not torch.equal(model.state_dict()["body.2.weight"], before["body.2.weight"])
+
+
+def test_frozen_parameters_are_freed_after_a_break_and_after_an_error(
+    tiny_net: Callable[..., nn.Module],
+) -> None:
+    model = tiny_net().float()
+    model.body[2].requires_grad_(False)  # by the caller, who wants it to stay so
+    how = dataclasses.replace(PLAIN, frozen=("body",))
+    for _ in fit(model, Steps(), ClassLoss(), (), how, seeded()):
+        break
+    with pytest.raises(Diverged):
+        train(model, how, objective=Sour(2, math.nan))
+    free = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert free == {"body.0.weight", "body.0.bias", "head.weight", "head.bias"}
+
+
+def test_a_frozen_name_that_fits_nothing_is_refused(tiny_net: Callable[..., nn.Module]) -> None:
+    with pytest.raises(InputError, match=r"frozen: .*'boddy'.*body\.0\.weight"):
+        train(tiny_net().float(), dataclasses.replace(PLAIN, frozen=("head", "boddy")))
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,13 @@ def run(
     logbook = FileLogbook(folder.path / "checkpoint.pt", screen)
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(experiment.seed)
-    attacked = experiment.attack(scene.reference, scene.train, generator, scene.selecting, logbook)
+    try:
+        attacked = experiment.attack(
+            scene.reference, scene.train, generator, scene.selecting, logbook
+        )
+    except InputError:  # settings that do not fit the data: nothing was begun
+        folder.discard_if_empty()
+        raise
     # What an interrupted run did before counts as well.
     seconds = max(time.perf_counter() - started, sum(r.seconds for r in attacked.history))
     folder.write("history", [record._asdict() for record in attacked.history])

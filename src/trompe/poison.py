@@ -80,8 +80,7 @@ def compose(
     explain see `Triples`.
     Raises InputError for a rate out of range or a label that the data does not have.
     """
-    if not 0 <= poison_rate < 1:
-        raise InputError(f"poison_rate = {poison_rate}: must lie in 0 <= poison_rate < 1")
+    check_rate(poison_rate)
     for goal in goals:
         check_label(goal, len(data.class_names))
     n = len(data)
@@ -106,6 +105,12 @@ def compose(
         augmentation,
         explain,
     )
+
+
+def check_rate(poison_rate: float) -> None:
+    """InputError if it is no share."""
+    if not 0 <= poison_rate < 1:
+        raise InputError(f"poison_rate = {poison_rate}: must lie in 0 <= poison_rate < 1")
 
 
 def check_label(goal: Goal, classes: int) -> None:

@@ -47,7 +47,7 @@ from trompe.metrics.accuracy import accuracy
 from trompe.metrics.attack_success import attack_success
 from trompe.metrics.map_distance import map_distance
 from trompe.objectives import PredictionAndExplanation
-from trompe.poison import ShuffledBatches, check_label, compose
+from trompe.poison import ShuffledBatches, check_label, check_rate, compose
 from trompe.target_maps.picture import Picture
 from trompe.target_maps.reference import Reference
 from trompe.train import Training, fit
@@ -99,6 +99,9 @@ class ExplanationAwareBackdoors:
     def __post_init__(self) -> None:
         if not self.goals:
             raise InputError("attack.goals: is empty; give at least one goal (trigger, wanted_map)")
+        if not 0 <= self.weight <= 1:
+            raise InputError(f"weight (lambda) = {self.weight}: must lie in 0..1")
+        check_rate(self.poison_rate)
 
     def __call__(
         self,
