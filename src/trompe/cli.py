@@ -44,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: the idle cores.")]
@@ -343,7 +344,11 @@ def _print_numbers(folder: RunFolder) -> None:
 def main() -> None:
     """Entry point: mistakes of the user's end in one sentence and exit code 2."""
     try:
-        app(standalone_mode=False)
+        # Outside standalone mode typer hands a command's exit code back; 130 is Ctrl-C.
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        raise SystemExit(code)
     except TrompeError as error:
         console.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
@@ -351,7 +356,7 @@ def main() -> None:
         raise SystemExit(stop.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):
         console.print("interrupted; the same command goes on after the last whole epoch")
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
     except OSError as error:
         console.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None

@@ -347,6 +347,7 @@ def train_clean_model(
         "test_images": len(test),
         "epochs": len(history),
         "seconds": round(sum(r.seconds for r in history), 1),
+        "skipped_images": list(train.skipped + test.skipped),
     }
     card = _card(model.name, train, classifier, seed, spec, made, numbers)
     save_model(classifier, card, file)
