@@ -59,11 +59,11 @@ def test_an_image_does_not_depend_on_how_many_follow() -> None:
 
 
 def test_thread_count_leaves_no_trace() -> None:
-    labels, threads = torch.arange(45) % len(CLASS_NAMES), torch.get_num_threads()
+    labels, threads = torch.arange(16), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = draw(labels, 40, seeded(7))
-        torch.set_num_threads(3)
+        torch.set_num_threads(2)
         assert equal(draw(labels, 40, seeded(7)), alone)
     finally:
         torch.set_num_threads(threads)
