@@ -139,7 +139,7 @@ def test_a_target_class_that_the_data_do_not_have_is_refused(
         attack(trained_net, shapes, seeded(0))
 
 
-def test_a_trigger_that_does_not_fit_is_refused(
+def test_a_trigger_that_does_not_fit_is_refused_before_any_work(
     name: str, plugin: Callable[..., Attack], trained_net: nn.Module, shapes: ImageSet
 ) -> None:
     settings = SETTINGS.get(name, {})
@@ -147,6 +147,11 @@ def test_a_trigger_that_does_not_fit_is_refused(
         pytest.skip("has no goals")
     goals = [{**goal, "trigger": "rectangle"} for goal in settings["goals"]]
     attack = plugin("attacks", name, {name: {**settings, "goals": goals}})
+
+    def used(*_: object) -> None:
+        raise AssertionError("the model was run")
+
+    trained_net.register_forward_pre_hook(used)
     with pytest.raises(InputError, match="16 rows and 16 columns"):
         attack(trained_net, shapes, seeded(0))
 

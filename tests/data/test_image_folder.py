@@ -178,6 +178,7 @@ def test_nothing_but_broken_images_is_an_error(root: Path) -> None:
         ImageFolder(str(root), size=8, skip_unreadable=True).test()
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what it can read all the same
 @pytest.mark.parametrize("suffix", ["png", "jpg", "ppm", "bmp", "tif", "webp", "gif"])
 def test_an_image_cut_or_damaged_anywhere_is_read_or_refused(tmp_path: Path, suffix: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)

@@ -7,9 +7,10 @@ import torch
 from captum.attr import Saliency
 from torch import Tensor, nn
 
+from trompe.explainers._gradient import gradient_of_class
 from trompe.explainers.input_gradient import InputGradient
 from trompe.interfaces import InputError
-from trompe.recording import watch
+from trompe.recording import INPUT, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
 
@@ -81,6 +82,16 @@ def test_the_first_layer_is_reached_by_its_second_derivative(
     input_gradient(smooth_net, images, InputGradient()).sum().backward()
     assert smooth_net.body[0].weight.grad.any()
     assert smooth_net.body[0].bias.grad.any()  # through the curvature alone
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_second_graph_is_built_only_where_it_is_needed(
+    smooth_net: nn.Module, images: Tensor, trainable: bool
+) -> None:
+    with torch.set_grad_enabled(trainable), watch(smooth_net, (INPUT,)) as record:
+        seen = record(images)
+        gradient = gradient_of_class(seen, seen.outputs[INPUT], CLASSES, "logit")
+    assert gradient.requires_grad == trainable
 
 
 def test_with_relu_the_biases_get_no_gradient_from_the_map(
