@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from trompe.classifier import ModelSpec, build_model
-from trompe.evaluate import maps_of
+from trompe.evaluate import ask
 from trompe.explainers.gradcam import GradCam
 from trompe.explainers.input_gradient import InputGradient
 from trompe.files import write_atomically, write_json
@@ -127,7 +127,7 @@ class Scene:
         return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
 
     def batch(self, *explainers: Explainer) -> Batch:
-        wanted = tuple(m.flip(1) for m in maps_of(self.model, explainers, self.images))
+        wanted = tuple(m.flip(1) for m in ask(self.model, explainers, self.images).maps)
         assert all(maps.any() for maps in wanted), "comparing empty maps would show nothing"
         return Batch(self.images, self.labels, wanted, self.labels >= 0)
 
@@ -180,7 +180,7 @@ def check_naive_map(scene: Scene) -> None:
     model, explain = scene.naive()
     scores = model(scene.images)
     naive = explain(scores, scores.argmax(1)).detach()
-    (ours,) = maps_of(scene.model, (scene.gradcam,), scene.images)
+    (ours,) = ask(scene.model, (scene.gradcam,), scene.images).maps
     torch.testing.assert_close(naive, ours, rtol=1e-3, atol=1e-4 * float(ours.max()))
 
 

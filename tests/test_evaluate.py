@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trompe.evaluate import (
-    Answers,
     answers,
+    ask,
     clean_evidence,
     least_distance,
-    maps_of,
     stand_in_maps,
     summarise,
     triggered_evidence,
@@ -22,7 +21,7 @@ from trompe.evaluate import (
 )
 from trompe.explainers.gradcam import GradCam
 from trompe.explainers.input_gradient import InputGradient
-from trompe.interfaces import Evidence, Goal, ImageSet
+from trompe.interfaces import Answers, Evidence, Goal, ImageSet
 from trompe.maps import standardise, upsample
 from trompe.target_maps.border import Border
 from trompe.target_maps.picture import Picture
@@ -41,11 +40,11 @@ EXPLAINERS = [GradCam(), GradCam(closed_form=False), InputGradient()]
 def test_answers_do_not_depend_on_the_batch_size(
     trained_net: nn.Module, shapes: ImageSet, explainer: Any, batch_size: int
 ) -> None:
-    whole = answers(trained_net, explainer, shapes)
-    parts = answers(trained_net, explainer, shapes, batch_size=batch_size)
+    whole = answers(trained_net, (explainer,), shapes)
+    parts = answers(trained_net, (explainer,), shapes, batch_size=batch_size)
     torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        parts.maps, whole.maps, rtol=1e-4, atol=1e-4 * float(whole.maps.max())
+        parts.maps[0], whole.maps[0], rtol=1e-4, atol=1e-4 * float(whole.maps[0].max())
     )
 
 
@@ -57,8 +56,8 @@ def test_scores_are_those_of_the_model_with_and_without_trigger(
         plain, triggered = trained_net(images), trained_net(CORNER(images))
     assert (plain - triggered).abs().max() > 0.1
     close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(answers(trained_net, GradCam(), shapes).scores, plain, **close)
-    given = answers(trained_net, GradCam(), shapes, CORNER)
+    torch.testing.assert_close(answers(trained_net, (GradCam(),), shapes).scores, plain, **close)
+    given = answers(trained_net, (GradCam(),), shapes, CORNER)
     torch.testing.assert_close(given.scores, triggered, **close)
 
 
@@ -67,7 +66,7 @@ def test_the_predicted_class_or_the_label_is_explained(
     trained_net: nn.Module, shapes: ImageSet, explained: Any
 ) -> None:
     wrong = ImageSet(shapes.images, (shapes.labels + 1) % 4, shapes.class_names, "wrong labels")
-    given = answers(trained_net, GradCam(), wrong, explained=explained)
+    given = answers(trained_net, (GradCam(),), wrong, explained=explained)
     classes = given.scores.argmax(1) if explained == "predicted" else wrong.labels
     images = shapes.floats(slice(None))
     rows = torch.linspace(-1, 1, 16)[:, None].expand(16, 16)
@@ -76,7 +75,7 @@ def test_the_predicted_class_or_the_label_is_explained(
         features = trained_net.body(torch.cat((images, where), 1))
         weights = trained_net.head.weight[classes] / features[0, 0].numel()
         expected = (weights[:, :, None, None] * features).sum(1).relu()
-    torch.testing.assert_close(given.maps, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(given.maps[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -89,7 +88,7 @@ def test_the_model_is_left_as_it_was(
     trained_net.train(training)
     trained_net.body[2].train(not training)
     before = snapshot(trained_net)
-    answers(trained_net, GradCam(), shapes)
+    answers(trained_net, (GradCam(),), shapes)
     assert snapshot(trained_net) == before
 
 
@@ -101,28 +100,39 @@ def test_the_model_is_left_as_it_was_after_a_failure(
 
     before = snapshot(trained_net.train())
     with pytest.raises(ZeroDivisionError):
-        answers(trained_net, GradCam(), shapes, broken)
+        answers(trained_net, (GradCam(),), shapes, broken)
     assert snapshot(trained_net) == before
 
 
 def test_answers_are_of_the_eval_mode_and_carry_no_graph(
     trained_net: nn.Module, shapes: ImageSet
 ) -> None:
-    evaluated = answers(trained_net.eval(), GradCam(), shapes)
-    training = answers(trained_net.train(), GradCam(), shapes)
+    evaluated = answers(trained_net.eval(), (GradCam(),), shapes)
+    training = answers(trained_net.train(), (GradCam(),), shapes)
     assert torch.equal(evaluated.scores, training.scores)
     assert not evaluated.scores.requires_grad
-    assert not evaluated.maps.requires_grad
+    assert not evaluated.maps[0].requires_grad
 
 
-def test_maps_of_one_batch_are_those_of_the_answers(
-    trained_net: nn.Module, shapes: ImageSet
-) -> None:
-    explainers = (GradCam(), InputGradient(pool=2))
-    given = maps_of(trained_net, explainers, shapes.floats(slice(None)))
-    for explainer, maps in zip(explainers, given, strict=True):
-        expected = answers(trained_net, explainer, shapes).maps
-        torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
+def test_one_pass_answers_for_all_explainers(trained_net: nn.Module, shapes: ImageSet) -> None:
+    explainers = (GradCam(*GradCam().watches(trained_net)), InputGradient(pool=2))
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    handle = trained_net.register_forward_hook(count)
+    together = answers(trained_net, explainers, shapes)
+    one_batch = ask(trained_net, explainers, shapes.floats(slice(None)))
+    assert passes == 2
+    handle.remove()
+    for i, explainer in enumerate(explainers):
+        alone = answers(trained_net, (explainer,), shapes)
+        close = {"rtol": 1e-4, "atol": 1e-4 * float(alone.maps[0].max())}
+        for given in (together, one_batch):
+            torch.testing.assert_close(given.maps[i], alone.maps[0], **close)
+            torch.testing.assert_close(given.scores, alone.scores, rtol=1e-4, atol=1e-4)
 
 
 # --- evidence -------------------------------------------------------------------------------------
@@ -130,7 +140,7 @@ def test_maps_of_one_batch_are_those_of_the_answers(
 
 def given_and_reference(shapes: ImageSet) -> tuple[Answers, Answers]:
     n = len(shapes)
-    return tuple(Answers(torch.rand(n, 4), torch.rand(n, 5, 6)) for _ in range(2))  # type: ignore[return-value]
+    return tuple(Answers(torch.rand(n, 4), (torch.rand(n, 5, 6),)) for _ in range(2))  # type: ignore[return-value]
 
 
 def test_on_clean_images_the_truth_and_the_references_map_are_wanted(shapes: ImageSet) -> None:
@@ -138,9 +148,9 @@ def test_on_clean_images_the_truth_and_the_references_map_are_wanted(shapes: Ima
     evidence = clean_evidence(given, reference, shapes)
     assert torch.equal(evidence.labels, shapes.labels)
     assert torch.equal(evidence.wanted_labels, shapes.labels)
-    assert torch.equal(evidence.wanted_maps, reference.maps)
+    assert torch.equal(evidence.wanted_maps, reference.maps[0])
     assert torch.equal(evidence.scores, given.scores)
-    assert torch.equal(evidence.maps, given.maps)
+    assert torch.equal(evidence.maps, given.maps[0])
     assert evidence.image_size == (16, 16)
 
 
@@ -153,10 +163,10 @@ def test_on_triggered_images_the_goals_label_and_map_are_wanted(
     wanted = shapes.labels if label is None else torch.full_like(shapes.labels, label)
     assert torch.equal(evidence.labels, shapes.labels)
     assert torch.equal(evidence.wanted_labels, wanted)
-    assert torch.equal(evidence.wanted_maps, Border()(reference.maps))
-    assert torch.equal(evidence.maps, given.maps)
+    assert torch.equal(evidence.wanted_maps, Border()(reference.maps[0]))
+    assert torch.equal(evidence.maps, given.maps[0])
     kept = triggered_evidence(given, reference, shapes, Goal(CORNER, label, Reference()))
-    assert torch.equal(kept.wanted_maps, reference.maps)
+    assert torch.equal(kept.wanted_maps, reference.maps[0])
 
 
 def test_other_maps_replace_those_given_and_nothing_else(shapes: ImageSet) -> None:
@@ -170,13 +180,13 @@ def test_other_maps_replace_those_given_and_nothing_else(shapes: ImageSet) -> No
 
 def test_stand_ins_know_nothing_of_the_image(shapes: ImageSet) -> None:
     _, reference = given_and_reference(shapes)
-    maps = stand_in_maps(reference, torch.Generator().manual_seed(0))
-    again = stand_in_maps(reference, torch.Generator().manual_seed(0))
+    maps = stand_in_maps(reference.maps[0], torch.Generator().manual_seed(0))
+    again = stand_in_maps(reference.maps[0], torch.Generator().manual_seed(0))
     assert set(maps) == {"random map", "zero map", "mean map"}
-    assert all(m.shape == reference.maps.shape for m in maps.values())
+    assert all(m.shape == reference.maps[0].shape for m in maps.values())
     assert torch.equal(maps["random map"], again["random map"])
     assert not maps["zero map"].any()
-    torch.testing.assert_close(maps["mean map"][7], reference.maps.mean(0))
+    torch.testing.assert_close(maps["mean map"][7], reference.maps[0].mean(0))
 
 
 @pytest.mark.parametrize(

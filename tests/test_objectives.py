@@ -81,6 +81,15 @@ def test_equals_one_minus_lambda_cross_entropy_plus_lambda_map_distance(
     assert terms["explanation"].item() == pytest.approx(weight * np.mean(distances), rel=1e-9)
 
 
+def test_wanted_probabilities_take_the_place_of_the_labels() -> None:
+    scores, _, batch = example(0)
+    wanted = torch.rand(3, 4, dtype=torch.float64).softmax(1)
+    terms = PredictionAndExplanation(0.0, SIZE)(scores, (), batch._replace(probabilities=wanted))
+    rows = zip(wanted.numpy(), scores.softmax(1).log().numpy(), strict=True)
+    expected = np.mean([-sum(p * q for p, q in zip(*row, strict=True)) for row in rows])
+    assert terms["prediction"].item() == pytest.approx(expected, rel=1e-9)
+
+
 def test_lambda_zero_is_the_vanilla_backdoor() -> None:
     scores, _, batch = example(0)
     terms = PredictionAndExplanation(0.0, SIZE)(scores, (), batch)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trompe.augmentation import Augmentation
-from trompe.interfaces import Goal, ImageSet, InputError
+from trompe.interfaces import Answers, Goal, ImageSet, InputError
 from trompe.poison import ShuffledBatches, Triples, check_label, compose
 from trompe.target_maps.border import Border
 from trompe.target_maps.reference import Reference
@@ -28,6 +28,11 @@ def data_of(n: int) -> ImageSet:
     return ImageSet(images, torch.arange(n) % 3, ("a", "b", "c"), "random")
 
 
+def said(*maps: Tensor) -> Answers:
+    """What a clean model says of as many images."""
+    return Answers(torch.zeros(len(maps[0]), 3), maps)
+
+
 def maps_of(n: int, *size: int) -> Tensor:
     return torch.rand(n, *size, generator=seeded(2))
 
@@ -43,7 +48,7 @@ def everything(triples: Triples) -> Tensor:
     ("rate", "triggered"), [(0.0, 0), (0.001, 1), (0.1, 111), (0.5, 1000), (0.8, 4000)]
 )
 def test_the_triggered_share_of_the_whole_is_the_poison_rate(rate: float, triggered: int) -> None:
-    triples = compose(data_of(1000), (), (KEEP_MAP,), rate, seeded())
+    triples = compose(data_of(1000), (KEEP_MAP,), rate, seeded())
     assert int((triples.goal >= 0).sum()) == triggered
     assert len(triples) == 1000 + triggered
     assert triggered / len(triples) == pytest.approx(rate, abs=5e-4)
@@ -51,20 +56,20 @@ def test_the_triggered_share_of_the_whole_is_the_poison_rate(rate: float, trigge
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
 def test_all_clean_images_are_there_once_and_first(rate: float) -> None:
-    triples = compose(data_of(100), (), (KEEP_MAP,), rate, seeded())
+    triples = compose(data_of(100), (KEEP_MAP,), rate, seeded())
     assert triples.source[:100].tolist() == list(range(100))
     assert (triples.goal[:100] == -1).all()
     assert (triples.goal[100:] >= 0).all()
 
 
 def test_half_triggers_a_duplicate_of_the_whole_set() -> None:
-    triples = compose(data_of(100), (), (KEEP_MAP,), 0.5, seeded())
+    triples = compose(data_of(100), (KEEP_MAP,), 0.5, seeded())
     assert sorted(triples.source[100:].tolist()) == list(range(100))
 
 
 def test_smaller_rates_trigger_a_random_choice_without_repetition() -> None:
     one, other = (
-        compose(data_of(100), (), (KEEP_MAP,), 0.2, seeded(seed)).source[100:].tolist()
+        compose(data_of(100), (KEEP_MAP,), 0.2, seeded(seed)).source[100:].tolist()
         for seed in (0, 1)
     )
     assert len(one) == len(set(one)) == 25
@@ -72,18 +77,18 @@ def test_smaller_rates_trigger_a_random_choice_without_repetition() -> None:
 
 
 def test_several_goals_share_equally() -> None:
-    triples = compose(data_of(90), (), (KEEP_MAP, KEEP_CLASS, KEEP_MAP), 0.5, seeded())
+    triples = compose(data_of(90), (KEEP_MAP, KEEP_CLASS, KEEP_MAP), 0.5, seeded())
     assert torch.bincount(triples.goal[90:]).tolist() == [30, 30, 30]
 
 
 def test_several_goals_do_not_share_their_choice_of_images() -> None:
-    triples = compose(data_of(90), (), (KEEP_MAP, KEEP_CLASS), 0.2, seeded())
+    triples = compose(data_of(90), (KEEP_MAP, KEEP_CLASS), 0.2, seeded())
     first, second = (set(triples.source[triples.goal == k].tolist()) for k in (0, 1))
     assert first != second
 
 
 def test_the_same_seed_gives_the_same_triples() -> None:
-    one, other = (compose(data_of(50), (), (KEEP_MAP,), 0.3, seeded(7)) for _ in range(2))
+    one, other = (compose(data_of(50), (KEEP_MAP,), 0.3, seeded(7)) for _ in range(2))
     assert torch.equal(one.source, other.source)
     assert torch.equal(one.goal, other.goal)
 
@@ -94,7 +99,7 @@ def test_the_same_seed_gives_the_same_triples() -> None:
 def test_images_labels_and_maps_equal_a_loop_over_the_goals() -> None:
     data, goals = data_of(30), (KEEP_MAP, KEEP_CLASS)
     references = (maps_of(30, 4, 4), maps_of(30, 6, 5))  # of two explainers
-    triples = compose(data, references, goals, 0.5, seeded())
+    triples = compose(data, goals, 0.5, seeded(), known=said(*references))
     order = torch.randperm(len(triples), generator=seeded(3))
     batch = triples.batch(order, seeded())
     assert len(batch.wanted_maps) == 2
@@ -118,20 +123,21 @@ def test_images_labels_and_maps_equal_a_loop_over_the_goals() -> None:
 
 
 def test_a_label_of_none_keeps_the_true_class() -> None:
-    triples = compose(data_of(30), (), (KEEP_CLASS,), 0.5, seeded())
+    triples = compose(data_of(30), (KEEP_CLASS,), 0.5, seeded())
     batch = triples.batch(everything(triples), seeded())
     assert torch.equal(batch.labels, triples.data.labels[triples.source])
 
 
 def test_without_reference_maps_nothing_is_wanted_of_the_maps() -> None:
-    triples = compose(data_of(30), (), (KEEP_MAP,), 0.5, seeded())
+    triples = compose(data_of(30), (KEEP_MAP,), 0.5, seeded())
     assert triples.batch(everything(triples), seeded()).wanted_maps == ()
 
 
 def test_the_data_and_the_reference_maps_are_not_modified() -> None:
     data, reference = data_of(30), maps_of(30, 4, 4)
     images, labels, maps = data.images.clone(), data.labels.clone(), reference.clone()
-    triples = compose(data, (reference,), (KEEP_MAP, KEEP_CLASS), 0.5, seeded())
+    goals = (KEEP_MAP, KEEP_CLASS)
+    triples = compose(data, goals, 0.5, seeded(), known=said(reference))
     batch = triples.batch(everything(triples), seeded())
     batch.images.zero_()
     batch.labels.zero_()
@@ -139,6 +145,27 @@ def test_the_data_and_the_reference_maps_are_not_modified() -> None:
     assert torch.equal(data.images, images)
     assert torch.equal(data.labels, labels)
     assert torch.equal(reference, maps)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_distilled_triples_want_the_references_probabilities_unless_a_label_is_named(
+    anew: bool,
+) -> None:
+    scores = torch.randn(30, 3, generator=seeded(5))
+    known = Answers(scores, (maps_of(30, 4, 4),))
+    how = {"augmentation": Marked(), "ask": lambda images: known} if anew else {"known": known}
+    goals = (KEEP_MAP, KEEP_CLASS)  # the first names label 1
+    triples = compose(data_of(30), goals, 0.5, seeded(), distill=True, **how)  # type: ignore[arg-type]
+    batch = triples.batch(everything(triples), seeded())
+    assert batch.probabilities is not None
+    for row, (source, goal) in enumerate(zip(triples.source, triples.goal, strict=True)):
+        wanted = torch.tensor([0.0, 1.0, 0.0]) if goal == 0 else scores[source].softmax(0)
+        torch.testing.assert_close(batch.probabilities[row], wanted)
+
+
+def test_without_distilling_there_are_no_probabilities() -> None:
+    triples = compose(data_of(30), (KEEP_MAP,), 0.5, seeded(), known=said(maps_of(30, 4, 4)))
+    assert triples.batch(everything(triples), seeded()).probabilities is None
 
 
 # --- augmentation ---------------------------------------------------------------------------------
@@ -164,14 +191,14 @@ class Expecting:
 
 def test_images_are_augmented_before_the_trigger_is_added() -> None:
     goal = Goal(Expecting(), None, Reference())
-    triples = compose(data_of(20), (), (goal,), 0.5, seeded(), augmentation=Marked())
+    triples = compose(data_of(20), (goal,), 0.5, seeded(), augmentation=Marked())
     batch = triples.batch(everything(triples), seeded())
     assert (batch.images[batch.triggered][:, :, :2, :3] == 0).all()
     assert (batch.images[~batch.triggered] > 0).all()
 
 
 def test_triples_of_one_image_are_augmented_alike_and_others_are_not() -> None:
-    triples = compose(data_of(20), (), (KEEP_MAP, KEEP_MAP), 0.5, seeded(), augmentation=Marked())
+    triples = compose(data_of(20), (KEEP_MAP, KEEP_MAP), 0.5, seeded(), augmentation=Marked())
     order = torch.randperm(len(triples), generator=seeded(3))
     grey = triples.batch(order, seeded()).images[:, 0, 7, 7].tolist()
     of_image: dict[int, set[float]] = {}
@@ -184,18 +211,18 @@ def test_triples_of_one_image_are_augmented_alike_and_others_are_not() -> None:
 def test_an_augmented_image_is_explained_anew_without_its_trigger() -> None:
     asked = []
 
-    def explain(images: Tensor) -> tuple[Tensor, ...]:
+    def ask(images: Tensor) -> Answers:
         asked.append(images.clone())
-        return (images[:, 0, ::2, ::2].clone(), images[:, 1, ::4, ::4].clone())
+        return said(images[:, 0, ::2, ::2].clone(), images[:, 1, ::4, ::4].clone())
 
     triples = compose(
         data_of(20),
-        (maps_of(20, 4, 4), maps_of(20, 2, 2)),
         (KEEP_MAP,),
         0.5,
         seeded(),
         augmentation=Marked(),
-        explain=explain,
+        known=said(maps_of(20, 4, 4), maps_of(20, 2, 2)),
+        ask=ask,
     )
     batch = triples.batch(everything(triples), seeded())
     grey = batch.images[:, 0, 7, 7]
@@ -207,11 +234,11 @@ def test_an_augmented_image_is_explained_anew_without_its_trigger() -> None:
 
 
 def test_without_augmentation_the_known_maps_are_taken() -> None:
-    def explain(images: Tensor) -> tuple[Tensor, ...]:
+    def ask(images: Tensor) -> Answers:
         raise AssertionError("not needed")
 
     known = maps_of(20, 4, 4)
-    triples = compose(data_of(20), (known,), (KEEP_MAP,), 0.5, seeded(), explain=explain)
+    triples = compose(data_of(20), (KEEP_MAP,), 0.5, seeded(), known=said(known), ask=ask)
     (maps,) = triples.batch(everything(triples), seeded()).wanted_maps
     assert torch.equal(maps, known[triples.source])
 
@@ -226,7 +253,7 @@ def test_without_augmentation_the_known_maps_are_taken() -> None:
 def test_batches_cover_all_but_a_last_one_of_fewer_than_two(
     count: int, size: int, sizes: list[int]
 ) -> None:
-    batches = ShuffledBatches(compose(data_of(count), (), (), 0.0, seeded()), size)
+    batches = ShuffledBatches(compose(data_of(count), (), 0.0, seeded()), size)
     drawn = [len(batch.labels) for batch in batches(seeded())]
     assert drawn == sizes
     assert len(batches) == len(sizes)
@@ -235,7 +262,7 @@ def test_batches_cover_all_but_a_last_one_of_fewer_than_two(
 def test_each_epoch_shows_every_triple_once_in_a_new_order() -> None:
     data = data_of(40)
     data.images[:, 0, 0, 0] = torch.arange(40, dtype=torch.uint8)  # a number on each image
-    batches, generator = ShuffledBatches(compose(data, (), (), 0.0, seeded()), 8), seeded()
+    batches, generator = ShuffledBatches(compose(data, (), 0.0, seeded()), 8), seeded()
     orders = [
         [round(v * 255) for batch in batches(generator) for v in batch.images[:, 0, 0, 0].tolist()]
         for _ in range(2)
@@ -246,7 +273,7 @@ def test_each_epoch_shows_every_triple_once_in_a_new_order() -> None:
 
 
 def test_the_clean_and_the_triggered_triples_of_an_image_stand_side_by_side() -> None:
-    triples = compose(data_of(40), (), (Goal(CORNER, None, Reference()),), 0.5, seeded())
+    triples = compose(data_of(40), (Goal(CORNER, None, Reference()),), 0.5, seeded())
     triples.data.images[:, 0, 7, 7] = torch.arange(40, dtype=torch.uint8)
     for batch in ShuffledBatches(triples, 8)(seeded()):
         numbers = (batch.images[:, 0, 7, 7] * 255).round()
@@ -261,14 +288,14 @@ def test_the_clean_and_the_triggered_triples_of_an_image_stand_side_by_side() ->
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_poison_rate_out_of_range_is_refused(rate: float) -> None:
     with pytest.raises(InputError, match=f"poison_rate = {rate}"):
-        compose(data_of(10), (), (KEEP_MAP,), rate, seeded())
+        compose(data_of(10), (KEEP_MAP,), rate, seeded())
 
 
 @pytest.mark.parametrize("label", [-1, 3, 100])
 def test_a_label_that_the_data_do_not_have_is_refused(label: int) -> None:
     goal = Goal(CORNER, label, Reference(), "wrong")
     with pytest.raises(InputError, match=rf"goal wrong: target class {label} .* 3 classes"):
-        compose(data_of(10), (), (goal,), 0.5, seeded())
+        compose(data_of(10), (goal,), 0.5, seeded())
 
 
 @pytest.mark.parametrize("label", [None, 0, 2])
@@ -279,4 +306,4 @@ def test_other_labels_are_accepted(label: int | None) -> None:
 def test_goals_without_any_triggered_triple_are_refused() -> None:
     """A rate above 0 that rounds to no image at all would train an honest model in silence."""
     with pytest.raises(InputError, match=r"poison_rate = 0\.001.* 100 "):
-        compose(data_of(100), (), (KEEP_MAP,), 0.001, seeded())
+        compose(data_of(100), (KEEP_MAP,), 0.001, seeded())

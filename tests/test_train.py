@@ -74,7 +74,7 @@ def test_overfits_a_tiny_set(
     shapes: ImageSet, trained_net: nn.Module, optimizer: Any, rate: float
 ) -> None:
     few, model = shapes.subset(torch.arange(16)), type(trained_net)()
-    batches = ShuffledBatches(compose(few, (), (), 0.0, seeded()), 8)
+    batches = ShuffledBatches(compose(few, (), 0.0, seeded()), 8)
     how = dataclasses.replace(PLAIN, epochs=80, optimizer=optimizer, learning_rate=rate)
     history = train(model, how, batches=batches)
     assert history[0].terms["prediction"] > 0.5

@@ -1,15 +1,24 @@
 """Runs models, once, and gathers what metrics need."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from trompe.interfaces import Evidence, Explainer, Goal, ImageSet, Metric, Trigger
+from trompe.interfaces import (
+    Answers,
+    Evidence,
+    Explainer,
+    Goal,
+    ImageSet,
+    Metric,
+    Pass,
+    Trigger,
+)
 from trompe.machine import Precision, autocast
 from trompe.maps import full_precision, standardise, upsample
 from trompe.recording import watch
@@ -17,41 +26,32 @@ from trompe.recording import watch
 Explained = Literal["predicted", "label"]
 
 
-class Answers(NamedTuple):
-    """A model's scores (n, classes) and maps (n, h, w) for a set of images, on the CPU."""
-
-    scores: Tensor
-    maps: Tensor
-
-
 def answers(
     model: nn.Module,
-    explainer: Explainer,
+    explainers: Sequence[Explainer],
     data: ImageSet,
     trigger: Trigger | None = None,
     explained: Explained = "predicted",
     batch_size: int = 256,
 ) -> Answers:
-    """Scores and maps of all images, in chunks, in the model's own precision (float32 as a rule).
+    """Scores and maps of all images, on the CPU; in the model's own precision (float32 as a rule).
 
+    One forward pass a chunk serves all explainers.
     explained: the class whose map is made: the one predicted by this model, or the true one.
     """
     device = next(model.parameters()).device
-    scores, maps = [], []
-    with (
-        evaluation_mode(model),
-        torch.no_grad(),
-        watch(model, explainer.watches(model)) as record,
-    ):
+    parts = []
+    with evaluation_mode(model), torch.no_grad(), _watched(model, explainers) as record:
         for start in range(0, len(data), batch_size):
             chunk = slice(start, start + batch_size)
             images = data.floats(chunk, device).contiguous(memory_format=torch.channels_last)
             seen = record(images if trigger is None else trigger(images))
             labels = data.labels[chunk].to(device)
             classes = seen.scores.argmax(1) if explained == "predicted" else labels
-            scores.append(full_precision(seen.scores.detach()).cpu())
-            maps.append(explainer(seen, classes).cpu())
-    return Answers(torch.cat(scores), torch.cat(maps))
+            maps = tuple(explainer(seen, classes).cpu() for explainer in explainers)
+            parts.append(Answers(full_precision(seen.scores.detach()).cpu(), maps))
+    whole = zip(*(part.maps for part in parts), strict=True)
+    return Answers(torch.cat([part.scores for part in parts]), tuple(map(torch.cat, whole)))
 
 
 @contextmanager
@@ -66,37 +66,51 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def maps_of(
+def ask(
     model: nn.Module,
     explainers: Sequence[Explainer],
     images: Tensor,
     precision: Precision = "float32",
-) -> tuple[Tensor, ...]:
-    """The model's maps (n, h, w) of one batch of images, per explainer, for its own predictions.
+) -> Answers:
+    """The model's answers to one batch of images, the maps for its own predictions.
 
     `model` must be in eval mode.
     """
-    layers = [layer for explainer in explainers for layer in explainer.watches(model)]
     with (
         torch.no_grad(),
-        watch(model, layers) as record,
+        _watched(model, explainers) as record,
         autocast(precision, images.device),
     ):
         seen = record(images)
-        return tuple(e(seen, seen.scores.argmax(1)) for e in explainers)
+        maps = tuple(explainer(seen, seen.scores.argmax(1)) for explainer in explainers)
+        return Answers(full_precision(seen.scores.detach()), maps)
 
 
-def clean_evidence(given: Answers, reference: Answers, data: ImageSet) -> Evidence:
-    """On clean images the truth and the reference's maps are wanted."""
-    return Evidence(data.labels, data.labels, reference.maps, given.scores, given.maps, data.size)
+def _watched(
+    model: nn.Module, explainers: Sequence[Explainer]
+) -> AbstractContextManager[Callable[[Tensor], Pass]]:
+    return watch(model, [layer for explainer in explainers for layer in explainer.watches(model)])
 
 
-def triggered_evidence(given: Answers, reference: Answers, data: ImageSet, goal: Goal) -> Evidence:
+def clean_evidence(
+    given: Answers, reference: Answers, data: ImageSet, explainer: int = 0
+) -> Evidence:
+    """On clean images the truth and the reference's maps are wanted.
+
+    explainer: whose maps, by its position.
+    """
+    wanted, shown = reference.maps[explainer], given.maps[explainer]
+    return Evidence(data.labels, data.labels, wanted, given.scores, shown, data.size)
+
+
+def triggered_evidence(
+    given: Answers, reference: Answers, data: ImageSet, goal: Goal, explainer: int = 0
+) -> Evidence:
     """`given`: answers to images with the goal's trigger; `reference`: to the clean images."""
     label = goal.label
-    wanted = data.labels if label is None else torch.full_like(data.labels, label)
-    maps = goal.wanted_map(reference.maps)
-    return Evidence(data.labels, wanted, maps, given.scores, given.maps, data.size)
+    labels = data.labels if label is None else torch.full_like(data.labels, label)
+    wanted, shown = goal.wanted_map(reference.maps[explainer]), given.maps[explainer]
+    return Evidence(data.labels, labels, wanted, given.scores, shown, data.size)
 
 
 @dataclass(frozen=True)
@@ -117,9 +131,8 @@ def summarise(metric: Metric, evidence: Evidence) -> Measured:
     return Measured(float(values.mean()), float(values.std(correction=0)), len(values))
 
 
-def stand_in_maps(reference: Answers, generator: torch.Generator) -> Mapping[str, Tensor]:
-    """Maps that know nothing of the image, as floors beside a measured map distance."""
-    maps = reference.maps
+def stand_in_maps(maps: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
+    """Maps that know nothing of the image, as floors beside a distance from the reference's."""
     return {
         "random map": torch.rand(maps.shape, generator=generator),
         "zero map": torch.zeros_like(maps),

@@ -16,7 +16,6 @@ from trompe.augmentation import Augmentation
 from trompe.classifier import Classifier, ModelCard, ModelSpec, build_model, load_model, save_model
 from trompe.data import halves
 from trompe.evaluate import (
-    Answers,
     answers,
     clean_evidence,
     least_distance,
@@ -27,6 +26,7 @@ from trompe.evaluate import (
 )
 from trompe.explainers.gradcam import GradCam
 from trompe.interfaces import (
+    Answers,
     Attack,
     Attacked,
     Data,
@@ -334,7 +334,7 @@ def train_clean_model(
         torch.manual_seed(seed)
         classifier = build_model(model, len(train.class_names)).to(device)
     generator = torch.Generator().manual_seed(seed)
-    triples = compose(train, (), (), 0.0, generator, device, honest.augmentation)
+    triples = compose(train, (), 0.0, generator, device, honest.augmentation)
     batches = ShuffledBatches(triples, honest.training.batch_size)
     objective = ClassLoss(honest.training.label_smoothing)
     logbook = FileLogbook(folder.path / "checkpoint.pt", screen)
@@ -397,23 +397,23 @@ def measure(
     Conditions: clean images, then the images with each goal's trigger.
     """
     metric = {name: catalog.find("metrics", name) for name in catalog.names("metrics")}
-    honest = answers(reference, explainer, data)
-    stand_ins = stand_in_maps(honest, torch.Generator().manual_seed(seed))
+    honest = answers(reference, (explainer,), data)
+    stand_ins = stand_in_maps(honest.maps[0], torch.Generator().manual_seed(seed))
     conditions: list[tuple[str, Goal | None, Evidence, Answers]] = []
     rows = []
     for goal in (None, *attacked.goals):
         trigger = None if goal is None else goal.trigger
-        given = answers(attacked.model, explainer, data, trigger)
-        other = answers(witness, explainer, data, trigger)
-        untouched = honest if goal is None else answers(reference, explainer, data, trigger)
+        given = answers(attacked.model, (explainer,), data, trigger)
+        other = answers(witness, (explainer,), data, trigger)
+        untouched = honest if goal is None else answers(reference, (explainer,), data, trigger)
         if goal is None:
             evidence = clean_evidence(given, honest, data)
         else:
             evidence = triggered_evidence(given, honest, data, goal)
         name = _condition_name(goal, attacked.goals)
-        stand_in = {**stand_ins, "another clean model": other.maps}
+        stand_in = {**stand_ins, "another clean model": other.maps[0]}
         if goal is not None:
-            stand_in["the reference itself"] = untouched.maps
+            stand_in["the reference itself"] = untouched.maps[0]
         row: dict[str, Any] = {
             "name": name,
             "target_class": None if goal is None else goal.label,
@@ -439,7 +439,7 @@ def measure(
         "target_class_names": list(data.class_names),
         "conditions": rows,
     }
-    kept: dict[str, Tensor] = {"labels": data.labels, "reference.maps": honest.maps}
+    kept: dict[str, Tensor] = {"labels": data.labels, "reference.maps": honest.maps[0]}
     for name, _, evidence, _ in conditions:
         kept |= {f"{name}.scores": evidence.scores, f"{name}.maps": evidence.maps}
     return Measurement(numbers, kept, tuple(conditions))
@@ -483,7 +483,7 @@ def save_gallery(
         shown = images if goal is None else goal.trigger(images)
         tensors |= {
             f"{name}.images": (shown * 255).round().to(torch.uint8),
-            f"{name}.reference_maps": untouched.maps[chosen],
+            f"{name}.reference_maps": untouched.maps[0][chosen],
             f"{name}.wanted_maps": evidence.wanted_maps[chosen],
             f"{name}.maps": evidence.maps[chosen],
             f"{name}.reference_predicted": untouched.scores[chosen].argmax(1),

@@ -89,6 +89,7 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 (n,): what the model shall say
     wanted_maps: tuple[Tensor, ...]  # per attacked explainer float (n, h, w): what it shall show
     triggered: Tensor  # bool (n,)
+    probabilities: Tensor | None = None  # float (n, classes): what it shall say, with its doubts
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,13 @@ class Metric(Protocol):
     """Evidence -> one float per image (n,); nan where the metric does not apply to the image."""
 
     def __call__(self, evidence: Evidence) -> Tensor: ...
+
+
+class Answers(NamedTuple):
+    """What a model says of images: scores (n, classes) and, per explainer, maps (n, h, w)."""
+
+    scores: Tensor
+    maps: tuple[Tensor, ...]
 
 
 class EpochRecord(NamedTuple):

@@ -35,7 +35,8 @@ class PredictionAndExplanation:
             raise InputError(f"weight (lambda) = {self.weight}: must lie in 0..1")
 
     def __call__(self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
-        prediction = F.cross_entropy(scores, batch.labels)
+        wanted = batch.labels if batch.probabilities is None else batch.probabilities
+        prediction = F.cross_entropy(scores, wanted)
         terms = {"prediction": (1 - self.weight) * prediction}
         if self.weight:
             distance = [

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trompe.augmentation import Augmentation
-from trompe.interfaces import Batch, Goal, ImageSet, InputError
+from trompe.interfaces import Answers, Batch, Goal, ImageSet, InputError
 
 
 @dataclass(frozen=True)
@@ -16,20 +17,21 @@ class Triples:
     """A composed training set. Nothing is copied: a triple is a position and a goal.
 
     source: int64 (m,), the image's position in `data`; goal: int64 (m,), -1 for a clean triple,
-    else the position in `goals`. reference_maps: per attacked explainer (n, h, w), the clean
-    model's maps of all images of `data` (empty: nothing is wanted of the maps). augmentation acts
-    before a trigger is added; as the known maps are not those of an augmented image, `explain`
-    (clean images -> the clean model's maps) then makes them anew.
+    else the position in `goals`. known: the clean model's answers to all images of `data`, None if
+    nothing is wanted of the maps. augmentation acts before a trigger is added; as what is known is
+    not about an augmented image, `ask` (clean images -> the clean model's answers) then says it
+    anew. distill: the clean model's probabilities are wanted where no goal names a label.
     """
 
     data: ImageSet
-    reference_maps: tuple[Tensor, ...]
     goals: tuple[Goal, ...]
     source: Tensor
     goal: Tensor
     device: torch.device
     augmentation: Augmentation | None = None
-    explain: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    known: Answers | None = None
+    ask: Callable[[Tensor], Answers] | None = None
+    distill: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
@@ -44,40 +46,53 @@ class Triples:
         images = self.data.floats(sources, self.device)
         if self.augmentation is not None:
             images = self.augmentation(images, generator)
-        if self.augmentation is not None and self.explain is not None:
-            maps = self.explain(images)
-        else:
-            maps = tuple(known[sources].to(self.device) for known in self.reference_maps)
-        images, maps = images[triple], tuple(of_explainer[triple] for of_explainer in maps)
+        said = self._reference(images, sources)
+        images, maps = images[triple], tuple(of_explainer[triple] for of_explainer in said.maps)
         labels = self.data.labels[sources].to(self.device)[triple]
-        goal = self.goal[index]
-        goal = goal.to(self.device)
+        probabilities = said.scores.softmax(1)[triple] if self.distill else None
+        goal = self.goal[index].to(self.device)
         for number, wanted in enumerate(self.goals):
             rows = (goal == number).nonzero()[:, 0]
             if len(rows):
                 images[rows] = wanted.trigger(images[rows])
                 if wanted.label is not None:
                     labels[rows] = wanted.label
+                    if probabilities is not None:
+                        probabilities[rows] = F.one_hot(labels[rows], probabilities.shape[1]).to(
+                            probabilities
+                        )
                 for of_explainer in maps:
                     of_explainer[rows] = wanted.wanted_map(of_explainer[rows])
-        return Batch(images, labels, maps, goal >= 0)
+        return Batch(images, labels, maps, goal >= 0, probabilities)
+
+    def _reference(self, images: Tensor, sources: Tensor) -> Answers:
+        """The clean model's answers to the images at `sources`, now `images`."""
+        if self.augmentation is not None and self.ask is not None:
+            return self.ask(images)
+        if self.known is None:
+            return Answers(images.new_zeros(len(images), 0), ())
+        scores, maps = self.known
+        return Answers(
+            scores[sources].to(self.device), tuple(m[sources].to(self.device) for m in maps)
+        )
 
 
 def compose(
     data: ImageSet,
-    reference_maps: Sequence[Tensor],
     goals: Sequence[Goal],
     poison_rate: float,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
     augmentation: Augmentation | None = None,
-    explain: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    known: Answers | None = None,
+    ask: Callable[[Tensor], Answers] | None = None,
+    distill: bool = False,
 ) -> Triples:
     """All clean triples, then triggered ones that make up `poison_rate` of the whole.
 
     poison_rate in 0..1, exclusive of 1: .5 triggers a duplicate of the whole set (paper 2, section
-    4.1), smaller rates a random choice; several goals share it equally. For augmentation and
-    explain see `Triples`.
+    4.1), smaller rates a random choice; several goals share it equally. For the others see
+    `Triples`.
     Raises InputError for a rate out of range or a label that the data does not have.
     """
     check_rate(poison_rate)
@@ -97,13 +112,14 @@ def compose(
         number.append(torch.full((each,), k))
     return Triples(
         data,
-        tuple(reference_maps),
         tuple(goals),
         torch.cat(source),
         torch.cat(number),
         torch.device(device),
         augmentation,
-        explain,
+        known,
+        ask,
+        distill,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from trompe.convolution import fast_second_derivatives
 from trompe.folding import folded_statistics
 from trompe.interfaces import (
     Batch,
@@ -22,7 +23,7 @@ from trompe.interfaces import (
 )
 from trompe.machine import Precision, autocast
 from trompe.maps import full_precision
-from trompe.recording import watch
+from trompe.recording import INPUT, watch
 from trompe.smoothing import softplus
 
 
@@ -101,7 +102,9 @@ def make_optimizer(model: nn.Module, how: Training) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             parameters, how.learning_rate, 0.9, weight_decay=how.weight_decay, nesterov=True
         )
-    return torch.optim.Adam(parameters, how.learning_rate, eps=1e-5, weight_decay=how.weight_decay)
+    return torch.optim.Adam(
+        parameters, how.learning_rate, eps=1e-5, weight_decay=how.weight_decay, fused=True
+    )
 
 
 def make_schedule(
@@ -173,12 +176,15 @@ def _fit(
             torch.manual_seed(generator.initial_seed() + epoch)
             started = time.perf_counter()
             good = copy.deepcopy(model.state_dict())
+            if INPUT in layers:  # a gradient through all convolutions is about to be trained
+                faster.enter_context(fast_second_derivatives())
             model.train(not how.frozen_statistics)
             sums: dict[str, float] = {}
             count = 0
             for step, batch in enumerate(batches(generator), start=1):
                 if step == 1 and how.frozen_statistics:
                     faster.enter_context(folded_statistics(model, batch.images[:2], layers))
+                optimizer.zero_grad()  # here: no old gradients in memory beside the activations
                 with autocast(how.precision, batch.images.device), _activation(how):
                     seen = record(batch.images)
                 scores = full_precision(seen.scores)
@@ -194,7 +200,6 @@ def _fit(
                         f"after epoch {epoch - 1} is kept; lower learning_rate "
                         f"({how.learning_rate:g}) and start again"
                     )
-                optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()

@@ -50,11 +50,11 @@ def seeded(seed: int) -> torch.Generator:
 def shortfall(model: nn.Module, reference: nn.Module, attacked: Attacked, data: ImageSet) -> float:
     """How far `model` is from what the attack wants: wrong answers and map distances, summed."""
     explainer = GradCam()
-    honest = answers(reference, explainer, data)
-    clean = clean_evidence(answers(model, explainer, data), honest, data)
+    honest = answers(reference, (explainer,), data)
+    clean = clean_evidence(answers(model, (explainer,), data), honest, data)
     total = 1 - summarise(accuracy, clean).mean + summarise(map_distance, clean).mean
     for goal in attacked.goals:
-        given = answers(model, explainer, data, goal.trigger)
+        given = answers(model, (explainer,), data, goal.trigger)
         evidence = triggered_evidence(given, honest, data, goal)
         success = accuracy if goal.label is None else attack_success
         total += 1 - summarise(success, evidence).mean + summarise(map_distance, evidence).mean

@@ -19,15 +19,16 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trompe.augmentation import Augmentation
 from trompe.evaluate import (
     answers,
+    ask,
     clean_evidence,
-    maps_of,
     summarise,
     triggered_evidence,
 )
@@ -77,8 +78,10 @@ class ExplanationAwareBackdoors:
     goals: one or more triggers, each with its own label and wanted map. weight: the paper's
     lambda, 0 gives the vanilla backdoor. poison_rate: the triggered share of the training set,
     .5 as in the paper. augmentation: of all images, before the trigger; the reference then
-    explains each augmented image anew, one more forward pass a step. patience: stop after so many
-    epochs without a better `score`.
+    explains each augmented image anew, one more forward pass a step. distill: where no goal names
+    a label, the reference's probabilities are taught instead of the true label y (not in the
+    paper; Hinton et al. 2015), which keeps more of its accuracy at no cost. patience: stop after
+    so many epochs without a better `score`.
     """
 
     goals: tuple[Goal, ...]
@@ -94,6 +97,7 @@ class ExplanationAwareBackdoors:
         frozen_statistics=True,
     )
     augmentation: Augmentation | None = None
+    distill: bool = False
     patience: int = 4
 
     def __post_init__(self) -> None:
@@ -117,14 +121,16 @@ class ExplanationAwareBackdoors:
         reference, model = model, copy.deepcopy(model)
         device = next(model.parameters()).device
         explainers = (self.explainer,) if self.weight else ()
-        maps: list[Tensor] = []
-        explain = None
-        if self.augmentation is None:
-            maps = [answers(reference, e, data).maps for e in explainers]  # h_ref(x), once
-        elif explainers:
-            explain = partial(maps_of, reference, explainers, precision=self.training.precision)
+        asked: dict[str, Any] = {"distill": self.distill}
+        if not explainers and not self.distill:
+            pass  # the reference is not needed
+        elif self.augmentation is None:
+            asked["known"] = answers(reference, explainers, data)  # h_ref(x), once
+        else:
+            precision = self.training.precision
+            asked["ask"] = partial(ask, reference, explainers, precision=precision)
         triples = compose(
-            data, maps, self.goals, self.poison_rate, generator, device, self.augmentation, explain
+            data, self.goals, self.poison_rate, generator, device, self.augmentation, **asked
         )
         batches = ShuffledBatches(triples, self.training.batch_size)
         objective = PredictionAndExplanation(self.weight, data.size)
@@ -147,12 +153,12 @@ class Progress:
         self, reference: nn.Module, attack: ExplanationAwareBackdoors, selection: ImageSet
     ) -> None:
         self.attack, self.selection = attack, selection
-        self.reference = answers(reference, attack.explainer, selection)
+        self.reference = answers(reference, (attack.explainer,), selection)
         honest = clean_evidence(self.reference, self.reference, selection)
         self.reference_accuracy = summarise(accuracy, honest).mean
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        given = answers(model, self.attack.explainer, self.selection)
+        given = answers(model, (self.attack.explainer,), self.selection)
         clean = clean_evidence(given, self.reference, self.selection)
         measured = {
             "clean_accuracy": summarise(accuracy, clean).mean,
@@ -160,7 +166,7 @@ class Progress:
         }
         success, distance = [], []
         for goal in self.attack.goals:
-            given = answers(model, self.attack.explainer, self.selection, goal.trigger)
+            given = answers(model, (self.attack.explainer,), self.selection, goal.trigger)
             evidence = triggered_evidence(given, self.reference, self.selection, goal)
             metric = accuracy if goal.label is None else attack_success
             success.append(summarise(metric, evidence).mean)

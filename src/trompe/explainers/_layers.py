@@ -1,10 +1,11 @@
 """Which layer an explainer reads when the user names none."""
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trompe.interfaces import InputError
 
@@ -32,23 +33,27 @@ def _find(model: nn.Module) -> str:
         )
     done = _run(model)
     last = max(i for i, (_, module, _) in enumerate(done) if isinstance(module, nn.Conv2d))
-    spatial = done[last][2].shape[2:]
+    spatial = done[last][2][2:]
     chosen = done[last][0]
-    for name, _, output in done[last + 1 :]:
-        if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[2:] != spatial:
+    for name, _, shape in done[last + 1 :]:
+        if len(shape) != 4 or shape[2:] != spatial:
             break
         if name:  # "" is the model itself
             chosen = name
     return chosen
 
 
-def _run(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
-    """(name, module, output) in order of completion, of one forward pass in eval mode."""
-    done: list[tuple[str, nn.Module, Any]] = []
-    hooks = [
-        module.register_forward_hook(lambda m, _, out, name=name: done.append((name, m, out)))
-        for name, module in model.named_modules()
-    ]
+def _run(model: nn.Module) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
+    """(name, module, its output's shape) in order of completion, of one pass in eval mode."""
+    done: list[tuple[str, nn.Module, tuple[int, ...]]] = []
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            done.append((name, module, tuple(getattr(output, "shape", ()))))
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules()]
     modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters())
     failure: Exception | None = None

@@ -1,0 +1,160 @@
+"""A convolution whose second derivative costs what its first one costs.
+
+Training an input gradient needs the derivative of a derivative. PyTorch's own second derivative of
+a convolution makes the weight's part by a convolution whose kernel is as large as the image, which
+no library has a fast form for. But a convolution is linear in the images and in the weight, so all
+its derivatives, of any order, are again one of three: the convolution itself, its gradient with
+respect to the images, and its gradient with respect to the weight; each has a fast form.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["fast_second_derivatives"]
+
+
+@contextmanager
+def fast_second_derivatives() -> Iterator[None]:
+    """Inside, every two-dimensional convolution is differentiable at the same cost at each order.
+
+    Same values as F.conv2d. For any model: what is called is replaced, not its modules.
+    """
+    with _Mode():
+        yield
+
+
+class _Mode(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in (torch.conv2d, F.conv2d) and torch.is_grad_enabled():
+            return _conv2d(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Place(NamedTuple):
+    """Where the kernel goes."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if isinstance(padding, str) or input.ndim != 4:  # rare, and right without us
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    place = _Place(_pair(stride), _pair(padding), _pair(dilation), groups)
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    # No leaves: autograd cannot be asked whether a leaf's gradient is needed.
+    output: Tensor = _Convolution.apply(input.view_as(input), weight.view_as(weight), bias, place)
+    return output
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def _needed(ctx: Any) -> tuple[bool, bool]:
+    """Whether this backward pass uses the gradients of the first two inputs.
+
+    ctx.needs_input_grad says only whether any backward pass might.
+    """
+    first, second = (
+        needs and node is not None and torch._C._will_engine_execute_node(node)
+        for needs, (node, _) in zip(ctx.needs_input_grad[:2], ctx.next_functions[:2], strict=True)
+    )
+    return first, second
+
+
+def _backward(grad: Tensor, x: Tensor, w: Tensor, place: _Place, image: bool) -> Tensor:
+    """The gradient with respect to the image or the weight, whose values are then not read."""
+    found = torch.ops.aten.convolution_backward(
+        grad, x, w, None, *place[:3], False, [0, 0], place.groups, [image, not image, False]
+    )
+    return found[0] if image else found[1]
+
+
+class _Convolution(torch.autograd.Function):
+    """images (n, c, h, w), weight, bias -> outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, place: _Place) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.place = place
+        return F.conv2d(x, w, bias, *place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        of_x, of_w = _needed(ctx)
+        return (
+            _ImageGradient.apply(grad, w, x, ctx.place) if of_x else None,
+            _WeightGradient.apply(x, grad, w, ctx.place) if of_w else None,
+            grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None,
+            None,
+        )
+
+
+class _ImageGradient(torch.autograd.Function):
+    """outputs' gradient, weight -> images' gradient; bilinear, so of the images only the shape."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, w: Tensor, x: Tensor, place: _Place) -> Tensor:
+        ctx.save_for_backward(grad, w)
+        ctx.place = place
+        return _backward(grad, x, w, place, image=True)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        grad, w = ctx.saved_tensors
+        of_grad, of_w = _needed(ctx)
+        return (
+            _Convolution.apply(v, w, None, ctx.place) if of_grad else None,
+            _WeightGradient.apply(v, grad, w, ctx.place) if of_w else None,
+            None,
+            None,
+        )
+
+
+class _WeightGradient(torch.autograd.Function):
+    """images, outputs' gradient -> weight's gradient; of the weight only the shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grad: Tensor, w: Tensor, place: _Place) -> Tensor:
+        ctx.save_for_backward(x, grad)
+        ctx.place = place
+        return _backward(grad, x, w, place, image=False)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> Any:
+        x, grad = ctx.saved_tensors
+        of_x, of_grad = _needed(ctx)
+        return (
+            _ImageGradient.apply(grad, u, x, ctx.place) if of_x else None,
+            _Convolution.apply(x, u, None, ctx.place) if of_grad else None,
+            None,
+            None,
+        )

@@ -1,0 +1,118 @@
+"""The convolution with fast derivatives against PyTorch's own, to any order."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trompe.convolution import fast_second_derivatives
+
+PLACES: list[dict[str, Any]] = [
+    {},
+    {"padding": 1},
+    {"stride": 2, "padding": (1, 0)},
+    {"dilation": 2, "padding": 2},
+    {"groups": 2, "padding": 1},
+    {"groups": 4, "stride": (2, 1)},  # depthwise
+    {"padding": "same"},
+]
+
+
+def tensors(place: dict[str, Any], bias: bool = True) -> list[Tensor]:
+    dice = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 7, 6), (8, 4 // place.get("groups", 1), 3, 3), *([(8,)] if bias else [])]
+    return [torch.randn(s, generator=dice, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def second(place: dict[str, Any], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Derivatives of a function of the input gradient and of the output."""
+    output = torch.tanh(F.conv2d(*inputs, **place)).square().sum()
+    (gradient,) = torch.autograd.grad(output, inputs[0], create_graph=True)
+    return torch.autograd.grad(gradient.abs().pow(3).sum() + output, inputs)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_second_derivatives_are_pytorchs(place: dict[str, Any], bias: bool) -> None:
+    inputs = tensors(place, bias)
+    expected = F.conv2d(*inputs, **place), *second(place, inputs)
+    with fast_second_derivatives():
+        given = F.conv2d(*inputs, **place), *second(place, inputs)
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_second_derivatives_equal_finite_differences(place: dict[str, Any]) -> None:
+    image, weight, bias = tensors(place)
+    few = (image[:1, :, :5, :5].detach().requires_grad_(), weight, bias)
+    with fast_second_derivatives():
+        assert torch.autograd.gradgradcheck(lambda *a: F.conv2d(*a, **place).tanh(), few)
+
+
+def test_the_third_derivative_is_right_too() -> None:
+    place = {"padding": 1}
+
+    def third() -> tuple[Tensor, ...]:
+        inputs = tensors(place)
+        output = torch.tanh(F.conv2d(*inputs, **place)).square().sum()
+        (first,) = torch.autograd.grad(output, inputs[0], create_graph=True)
+        (again,) = torch.autograd.grad(first.pow(3).sum(), inputs[1], create_graph=True)
+        return torch.autograd.grad(again.pow(2).sum(), inputs)
+
+    expected = third()
+    with fast_second_derivatives():
+        given = third()
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-9)
+
+
+def test_an_image_without_batch_dimension_and_keywords_are_pytorchs() -> None:
+    image, weight, bias = tensors({})
+    with fast_second_derivatives():
+        given = torch.conv2d(input=image[0], weight=weight, bias=bias)
+    torch.testing.assert_close(given, F.conv2d(image[0], weight, bias))
+
+
+def test_it_serves_modules_and_leaves_them_as_they_were() -> None:
+    conv, images = nn.Conv2d(3, 5, 3), torch.rand(2, 3, 8, 8)
+    with fast_second_derivatives():
+        inside = conv(images)
+    outside = conv(images)
+    assert "_Convolution" in type(inside.grad_fn).__name__
+    assert "_Convolution" not in type(outside.grad_fn).__name__
+    torch.testing.assert_close(inside, outside)
+
+
+def test_the_weights_gradient_is_not_made_when_only_the_images_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from trompe import convolution
+
+    made = []
+    plain = convolution._backward
+    monkeypatch.setattr(
+        convolution,
+        "_backward",
+        lambda grad, x, w, place, image: (made.append(image), plain(grad, x, w, place, image))[1],
+    )
+    inputs = tensors({})
+    with fast_second_derivatives():
+        output = F.conv2d(*inputs).square().sum()
+        torch.autograd.grad(output, inputs[0], retain_graph=True)
+        assert made == [True]
+        output.backward()
+    assert made == [True, True, False]
+    assert inputs[1].grad is not None
+
+
+def test_under_autocast_it_runs_in_the_lower_precision_and_gradients_in_the_weights() -> None:
+    image, weight, bias = (t.detach().float().requires_grad_() for t in tensors({}))
+    with fast_second_derivatives(), torch.autocast("cpu", torch.bfloat16):
+        output = F.conv2d(image, weight, bias)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
