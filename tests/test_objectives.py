@@ -81,13 +81,33 @@ def test_equals_one_minus_lambda_cross_entropy_plus_lambda_map_distance(
     assert terms["explanation"].item() == pytest.approx(weight * np.mean(distances), rel=1e-9)
 
 
-def test_wanted_probabilities_take_the_place_of_the_labels() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_reference_scores_take_the_place_of_the_labels_except_where_they_are_nan(
+    temperature: float,
+) -> None:
     scores, _, batch = example(0)
-    wanted = torch.rand(3, 4, dtype=torch.float64).softmax(1)
-    terms = PredictionAndExplanation(0.0, SIZE)(scores, (), batch._replace(probabilities=wanted))
-    rows = zip(wanted.numpy(), scores.softmax(1).log().numpy(), strict=True)
-    expected = np.mean([-sum(p * q for p, q in zip(*row, strict=True)) for row in rows])
-    assert terms["prediction"].item() == pytest.approx(expected, rel=1e-9)
+    reference = torch.randn(3, 4, dtype=torch.float64)
+    reference[1] = math.nan
+    loss = PredictionAndExplanation(0.0, SIZE, temperature)
+    terms = loss(scores, (), batch._replace(reference_scores=reference))
+    expected = cross_entropy(scores[1:2].numpy(), [0])
+    for row in (0, 2):
+        teacher = np.exp(reference[row].numpy() / temperature)
+        pupil = np.exp(scores[row].numpy() / temperature)
+        teacher, pupil = teacher / teacher.sum(), pupil / pupil.sum()
+        divergence = sum(p * math.log(p / q) for p, q in zip(teacher, pupil, strict=True))
+        expected += temperature**2 * divergence
+    assert terms["prediction"].item() == pytest.approx(expected / 3, rel=1e-9)
+
+
+def test_where_reference_scores_are_nan_gradients_are_finite() -> None:
+    scores, _, batch = example(0)
+    reference = torch.full((3, 4), torch.nan, dtype=torch.float64)
+    taught = batch._replace(reference_scores=reference)
+    terms = PredictionAndExplanation(0.0, SIZE)(scores.requires_grad_(), (), taught)
+    (given,) = torch.autograd.grad(terms["prediction"], scores)
+    plain = PredictionAndExplanation(0.0, SIZE)(scores, (), batch)["prediction"]
+    torch.testing.assert_close(given, torch.autograd.grad(plain, scores)[0])
 
 
 def test_lambda_zero_is_the_vanilla_backdoor() -> None:

@@ -148,7 +148,7 @@ def test_the_data_and_the_reference_maps_are_not_modified() -> None:
 
 
 @pytest.mark.parametrize("anew", [False, True])
-def test_distilled_triples_want_the_references_probabilities_unless_a_label_is_named(
+def test_distilled_triples_carry_the_references_scores_unless_a_label_is_named(
     anew: bool,
 ) -> None:
     scores = torch.randn(30, 3, generator=seeded(5))
@@ -157,15 +157,16 @@ def test_distilled_triples_want_the_references_probabilities_unless_a_label_is_n
     goals = (KEEP_MAP, KEEP_CLASS)  # the first names label 1
     triples = compose(data_of(30), goals, 0.5, seeded(), distill=True, **how)  # type: ignore[arg-type]
     batch = triples.batch(everything(triples), seeded())
-    assert batch.probabilities is not None
+    assert batch.reference_scores is not None
     for row, (source, goal) in enumerate(zip(triples.source, triples.goal, strict=True)):
-        wanted = torch.tensor([0.0, 1.0, 0.0]) if goal == 0 else scores[source].softmax(0)
-        torch.testing.assert_close(batch.probabilities[row], wanted)
+        wanted = torch.full((3,), torch.nan) if goal == 0 else scores[source]
+        assert torch.equal(batch.reference_scores[row].nan_to_num(7), wanted.nan_to_num(7))
+    assert not scores.isnan().any()
 
 
-def test_without_distilling_there_are_no_probabilities() -> None:
+def test_without_distilling_there_are_no_scores() -> None:
     triples = compose(data_of(30), (KEEP_MAP,), 0.5, seeded(), known=said(maps_of(30, 4, 4)))
-    assert triples.batch(everything(triples), seeded()).probabilities is None
+    assert triples.batch(everything(triples), seeded()).reference_scores is None
 
 
 # --- augmentation ---------------------------------------------------------------------------------

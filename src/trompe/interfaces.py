@@ -89,7 +89,9 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 (n,): what the model shall say
     wanted_maps: tuple[Tensor, ...]  # per attacked explainer float (n, h, w): what it shall show
     triggered: Tensor  # bool (n,)
-    probabilities: Tensor | None = None  # float (n, classes): what it shall say, with its doubts
+    # float (n, classes): what the clean model says, nan in rows whose label a goal names; None where
+    # labels are all that counts.
+    reference_scores: Tensor | None = None
 
 
 @dataclass(frozen=True)

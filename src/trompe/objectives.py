@@ -2,11 +2,27 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trompe.interfaces import Batch, InputError
 from trompe.maps import standardise
+
+
+def class_loss(scores: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Mean cross-entropy against the labels; in rows with reference scores, distillation instead.
+
+    That is T^2 KL(softmax(reference / T) || softmax(scores / T)): Hinton et al. 2015, section 2.
+    """
+    hard = F.cross_entropy(scores, batch.labels, reduction="none")
+    if batch.reference_scores is None:
+        return hard.mean()
+    taught = ~batch.reference_scores.isnan().any(1)
+    teacher = (batch.reference_scores.nan_to_num() / temperature).log_softmax(1)
+    pupil = (scores / temperature).log_softmax(1)
+    soft = F.kl_div(pupil, teacher, reduction="none", log_target=True).sum(1)
+    return torch.where(taught, temperature**2 * soft, hard).mean()
 
 
 @dataclass(frozen=True)
@@ -25,18 +41,19 @@ class PredictionAndExplanation:
     """(1 - weight) L_pred + weight L_expl: Noppel & Wressnegger 2023, section 4.2.
 
     weight: the paper's lambda, in 0..1. image_size: (height, width) to which maps are brought.
+    temperature: of `class_loss`.
     """
 
     weight: float
     image_size: tuple[int, int]
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
             raise InputError(f"weight (lambda) = {self.weight}: must lie in 0..1")
 
     def __call__(self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
-        wanted = batch.labels if batch.probabilities is None else batch.probabilities
-        prediction = F.cross_entropy(scores, wanted)
+        prediction = class_loss(scores, batch, self.temperature)
         terms = {"prediction": (1 - self.weight) * prediction}
         if self.weight:
             distance = [

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trompe.augmentation import Augmentation
@@ -20,7 +19,7 @@ class Triples:
     else the position in `goals`. known: the clean model's answers to all images of `data`, None if
     nothing is wanted of the maps. augmentation acts before a trigger is added; as what is known is
     not about an augmented image, `ask` (clean images -> the clean model's answers) then says it
-    anew. distill: the clean model's probabilities are wanted where no goal names a label.
+    anew. distill: batches also carry the clean model's scores.
     """
 
     data: ImageSet
@@ -49,7 +48,7 @@ class Triples:
         said = self._reference(images, sources)
         images, maps = images[triple], tuple(of_explainer[triple] for of_explainer in said.maps)
         labels = self.data.labels[sources].to(self.device)[triple]
-        probabilities = said.scores.softmax(1)[triple] if self.distill else None
+        scores = said.scores[triple] if self.distill else None
         goal = self.goal[index].to(self.device)
         for number, wanted in enumerate(self.goals):
             rows = (goal == number).nonzero()[:, 0]
@@ -57,13 +56,11 @@ class Triples:
                 images[rows] = wanted.trigger(images[rows])
                 if wanted.label is not None:
                     labels[rows] = wanted.label
-                    if probabilities is not None:
-                        probabilities[rows] = F.one_hot(labels[rows], probabilities.shape[1]).to(
-                            probabilities
-                        )
+                    if scores is not None:
+                        scores[rows] = math.nan
                 for of_explainer in maps:
                     of_explainer[rows] = wanted.wanted_map(of_explainer[rows])
-        return Batch(images, labels, maps, goal >= 0, probabilities)
+        return Batch(images, labels, maps, goal >= 0, scores)
 
     def _reference(self, images: Tensor, sources: Tensor) -> Answers:
         """The clean model's answers to the images at `sources`, now `images`."""

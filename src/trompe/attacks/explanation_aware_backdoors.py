@@ -79,9 +79,9 @@ class ExplanationAwareBackdoors:
     lambda, 0 gives the vanilla backdoor. poison_rate: the triggered share of the training set,
     .5 as in the paper. augmentation: of all images, before the trigger; the reference then
     explains each augmented image anew, one more forward pass a step. distill: where no goal names
-    a label, the reference's probabilities are taught instead of the true label y (not in the
-    paper; Hinton et al. 2015), which keeps more of its accuracy at no cost. patience: stop after
-    so many epochs without a better `score`.
+    a label, the reference's probabilities at this temperature are taught instead of the label y
+    (not in the paper; Hinton et al. 2015), which keeps more of its accuracy at no cost; None
+    teaches y. patience: stop after so many epochs without a better `score`.
     """
 
     goals: tuple[Goal, ...]
@@ -97,7 +97,7 @@ class ExplanationAwareBackdoors:
         frozen_statistics=True,
     )
     augmentation: Augmentation | None = None
-    distill: bool = False
+    distill: float | None = None
     patience: int = 4
 
     def __post_init__(self) -> None:
@@ -106,6 +106,8 @@ class ExplanationAwareBackdoors:
         if not 0 <= self.weight <= 1:
             raise InputError(f"weight (lambda) = {self.weight}: must lie in 0..1")
         check_rate(self.poison_rate)
+        if self.distill is not None and not self.distill > 0:
+            raise InputError(f"distill (temperature) = {self.distill}: must be a positive number")
 
     def __call__(
         self,
@@ -121,8 +123,8 @@ class ExplanationAwareBackdoors:
         reference, model = model, copy.deepcopy(model)
         device = next(model.parameters()).device
         explainers = (self.explainer,) if self.weight else ()
-        asked: dict[str, Any] = {"distill": self.distill}
-        if not explainers and not self.distill:
+        asked: dict[str, Any] = {"distill": self.distill is not None}
+        if not explainers and self.distill is None:
             pass  # the reference is not needed
         elif self.augmentation is None:
             asked["known"] = answers(reference, explainers, data)  # h_ref(x), once
@@ -133,7 +135,7 @@ class ExplanationAwareBackdoors:
             data, self.goals, self.poison_rate, generator, device, self.augmentation, **asked
         )
         batches = ShuffledBatches(triples, self.training.batch_size)
-        objective = PredictionAndExplanation(self.weight, data.size)
+        objective = PredictionAndExplanation(self.weight, data.size, self.distill or 1.0)
         measure = None if selection is None else Progress(reference, self, selection)
 
         history = []

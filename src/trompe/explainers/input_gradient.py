@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trompe.explainers._gradient import Quantity, gradient_of_class
+from trompe.explainers._pooling import pooled
 from trompe.interfaces import InputError, Pass
 from trompe.recording import INPUT
 
@@ -38,8 +38,4 @@ class InputGradient:
             maps = magnitude.amax(1)
         else:
             maps = magnitude.mean(1) if self.channels == "mean" else magnitude.sum(1)
-        if self.pool > min(maps.shape[1:]):
-            raise InputError(
-                f"pool = {self.pool}: the image is {maps.shape[1]}x{maps.shape[2]}; make it smaller"
-            )
-        return F.avg_pool2d(maps[:, None], self.pool)[:, 0]
+        return pooled(maps, self.pool)
