@@ -89,8 +89,8 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 (n,): what the model shall say
     wanted_maps: tuple[Tensor, ...]  # per attacked explainer float (n, h, w): what it shall show
     triggered: Tensor  # bool (n,)
-    # float (n, classes): what the clean model says, nan in rows whose label a goal names; None where
-    # labels are all that counts.
+    # float (n, classes): what the clean model says, nan in rows whose label a goal names; or None:
+    # only the labels count.
     reference_scores: Tensor | None = None
 
 
