@@ -16,13 +16,10 @@ _stages: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], "tuple[Link, ...]"]]
     WeakKeyDictionary()
 )
 _PROBE_SIZES = (224, 64, 32, 299)  # pixels; the layer's name does not depend on it
-_POOLS = (
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveAvgPool2d,
+_NO_ACTIVATIONS = (  # these give none of their own, even if what they give is not negative
+    *(nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d),
 )
-_PASSING = (*_POOLS, nn.Dropout, nn.Dropout2d, nn.Identity)  # give no activations of their own
 
 
 # --- the last convolution -------------------------------------------------------------------------
@@ -157,7 +154,7 @@ def _activations(done: "list[_Call]") -> "list[_Call]":
         if times[call.name] > 1 or not call.name or id(call.output) in given or not call.activation:
             continue
         given.add(id(call.output))
-        if not isinstance(call.module, _PASSING):
+        if not isinstance(call.module, _NO_ACTIVATIONS):
             own.append(call)
     names = {call.name for call in own}
     return [c for c in own if not any(c.name.startswith(f"{name}.") for name in names)]
