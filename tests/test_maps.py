@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from trompe.maps import is_degenerate, scale_to_one, standardise, upsample
+from trompe.maps import is_degenerate, normalise, standardise, upsample
 
 SIZES = [(4, 6), (8, 12), (13, 9)]
 
@@ -94,10 +94,10 @@ def test_upsampling_to_the_same_size_changes_nothing() -> None:
     assert torch.equal(upsample(maps, (5, 7)), maps)
 
 
-def test_scale_to_one_divides_by_the_maximum() -> None:
+def test_normalise_divides_by_the_maximum() -> None:
     maps = torch.tensor([[[0.0, 2.0], [4.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
     expected = torch.tensor([[[0.0, 0.5], [1.0, 0.25]], [[0.0, 0.0], [0.0, 0.0]]])
-    torch.testing.assert_close(scale_to_one(maps), expected)
+    torch.testing.assert_close(normalise(maps), expected)
 
 
 def test_degenerate_maps_are_constant_or_not_finite() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trompe.data import read_image
 from trompe.files import write_atomically
 from trompe.interfaces import Explainer, InputError, Trigger
-from trompe.maps import is_degenerate, scale_to_one, upsample
+from trompe.maps import is_degenerate, normalise, upsample
 from trompe.recording import watch
 
 
@@ -89,7 +89,7 @@ def overlay(image: Tensor, heat: Tensor, strength: float = 0.6) -> np.ndarray:
 
     image: float (3, height, width) in [0, 1]; heat: (h, w), divided by its maximum, up-sampled.
     """
-    warm = upsample(scale_to_one(heat[None].float().clamp_min(0)), image.shape[1:])[0]  # type: ignore[arg-type]
+    warm = upsample(normalise(heat[None].float().clamp_min(0)), image.shape[1:])[0]  # type: ignore[arg-type]
     colour = matplotlib.colormaps["inferno"](warm.numpy())[..., :3]
     grey = image.mean(0).numpy()[..., None]
     return ((strength * colour + (1 - strength) * grey) * 255).round().astype(np.uint8)

@@ -1,5 +1,7 @@
 """Pure functions on maps (n, h, w)."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,8 +34,19 @@ def standardise(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return (maps - mean) * torch.rsqrt(variance + 1e-5)
 
 
-def scale_to_one(maps: Tensor) -> Tensor:
-    """Divided by (max + 1e-8): in [0, 1] for maps without negative values; zero maps stay zero."""
+Normalisation = Literal["none", "max", "min-max"]
+
+
+def normalise(maps: Tensor, how: Normalisation = "max") -> Tensor:
+    """In [0, 1] for maps without negative values.
+
+    "max": divided by (max + 1e-8), so that zero maps stay zero; "min-max": (x - min) / (max - min +
+    1e-8); "none": as they are.
+    """
+    if how == "none":
+        return maps
+    if how == "min-max":
+        maps = maps - maps.amin((1, 2), keepdim=True)
     return maps / (maps.amax((1, 2), keepdim=True) + 1e-8)
 
 

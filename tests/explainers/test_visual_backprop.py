@@ -34,7 +34,7 @@ def test_a_net_computed_by_hand() -> None:
     pooled = maps_of(VisualBackProp(pool=2), net, image)[0]  # block means, the largest of them 1
     expected = (torch.tensor([[1, 4], [9, 1.0]]) - 1) / 8
     torch.testing.assert_close(pooled, expected)
-    raw = maps_of(VisualBackProp(pool=2, min_max=False), net, image)[0]
+    raw = maps_of(VisualBackProp(pool=2, normalise="max"), net, image)[0]
     torch.testing.assert_close(raw / raw.max(), torch.tensor([[1, 4], [9, 1.0]]) / 9)
 
 

@@ -9,14 +9,14 @@ from trompe.explainers._gradient import Quantity, gradient_of_class
 from trompe.explainers._layers import last_conv_activation
 from trompe.explainers._linear_head import linear_head
 from trompe.interfaces import InputError, Pass
-from trompe.maps import full_precision
+from trompe.maps import Normalisation, full_precision, normalise
 
 __all__ = ["GradCam"]
 
 
 @dataclass(frozen=True)
 class GradCam:
-    """h = ReLU(sum_k a_k A^k), a_k = (1/Z) sum_ij d y_c / d A^k_ij; not up-sampled, not normalised.
+    """h = ReLU(sum_k a_k A^k), a_k = (1/Z) sum_ij d y_c / d A^k_ij; not up-sampled.
 
     Noppel & Wressnegger 2023, section 2. A: output (n, K, h, w) of `layer`, by default the last
     convolution's activations. Maps are (n, h, w), >= 0.
@@ -31,6 +31,7 @@ class GradCam:
     gradient_of: Quantity = "logit"
     detach_weights: bool = False
     closed_form: bool = True
+    normalise: Normalisation = "none"
 
     def watches(self, model: nn.Module) -> tuple[str, ...]:
         return (self.layer or last_conv_activation(model),)
@@ -58,4 +59,4 @@ class GradCam:
         weighted = torch.einsum(
             "nk,nkhw->nhw", full_precision(weights), full_precision(activations)
         )
-        return weighted.relu()
+        return normalise(weighted.relu(), self.normalise)

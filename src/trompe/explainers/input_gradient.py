@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from trompe.explainers._gradient import Quantity, gradient_of_class
 from trompe.explainers._pooling import pooled
 from trompe.interfaces import InputError, Pass
+from trompe.maps import Normalisation, normalise
 from trompe.recording import INPUT
 
 __all__ = ["InputGradient"]
@@ -18,12 +19,15 @@ class InputGradient:
     """|d y_c / d image|, over the colour channels their maximum, mean or sum; (n, h, w), >= 0.
 
     Simonyan et al. 2014, section 3 (maximum). gradient_of: y_c is the class's logit, probability
-    or loss. pool: average-pool to a map coarser by this factor.
+    or loss. pool: average-pool to a map coarser by this factor, which is then normalised.
+
+    Fang & Choromanska's SimpleGrad is gradient_of = "loss", with pool and normalise = "max".
     """
 
     gradient_of: Quantity = "logit"
     channels: Literal["max", "mean", "sum"] = "max"
     pool: int = 1
+    normalise: Normalisation = "none"
 
     def __post_init__(self) -> None:
         if self.pool < 1:
@@ -38,4 +42,4 @@ class InputGradient:
             maps = magnitude.amax(1)
         else:
             maps = magnitude.mean(1) if self.channels == "mean" else magnitude.sum(1)
-        return pooled(maps, self.pool)
+        return normalise(pooled(maps, self.pool), self.normalise)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from trompe.explainers._layers import stages
 from trompe.explainers._pooling import pooled
 from trompe.interfaces import InputError, Pass
-from trompe.maps import full_precision
+from trompe.maps import Normalisation, full_precision, normalise
 
 __all__ = ["VisualBackProp"]
 
@@ -20,8 +20,8 @@ class VisualBackProp:
     Bojarski et al. 2018, section III: from the last stage on, the mean is brought to the size of
     the stage before by a transposed convolution with ones (the kernel and stride of what lies
     between) and multiplied by that stage's mean; at last it is brought to the image. Knows no
-    class and no gradient. Maps are (n, height, width) of the image or, with `pool`, coarser by that
-    factor; min_max: then each brought to [0, 1].
+    class and no gradient. Maps are (n, height, width) of the image or, with `pool`, average-pooled
+    by that factor, and then normalised.
 
     layers: the stages in the order in which the model runs them; by default every module that
     gives non-negative activations (ReLU, or a residual block as a whole) and that no other such
@@ -31,7 +31,7 @@ class VisualBackProp:
 
     layers: tuple[str, ...] = ()
     pool: int = 1
-    min_max: bool = True
+    normalise: Normalisation = "min-max"
 
     def __post_init__(self) -> None:
         if self.pool < 1:
@@ -49,11 +49,7 @@ class VisualBackProp:
         maps = found[0].up(maps, seen.images.shape[2:])
         if not torch.is_grad_enabled():
             maps = maps.detach()
-        maps = pooled(maps, self.pool)
-        if self.min_max:
-            maps = maps - maps.amin((1, 2), keepdim=True)
-            maps = maps / (maps.amax((1, 2), keepdim=True) + 1e-8)
-        return maps
+        return normalise(pooled(maps, self.pool), self.normalise)
 
 
 def channel_mean(activations: Tensor) -> Tensor:

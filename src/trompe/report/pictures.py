@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trompe.maps import scale_to_one, upsample
+from trompe.maps import normalise, upsample
 
 COLOURS = "inferno"  # equal steps of heat look equal, also in grey and to the colour-blind
 _HEAT = 0.6  # share of the heat's colour in an overlay
@@ -47,7 +47,7 @@ def colour_bar() -> str:
 def _coloured(heat: Tensor, size: tuple[int, ...]) -> np.ndarray:
     """float (height, width, 3) in [0, 1]; values that are negative or not finite show no heat."""
     warm = torch.nan_to_num(heat[None].float(), 0.0, 0.0, 0.0).clamp_min(0)
-    values = scale_to_one(upsample(warm, (size[0], size[1])))[0]
+    values = normalise(upsample(warm, (size[0], size[1])))[0]
     return np.asarray(matplotlib.colormaps[COLOURS](values.numpy()))[..., :3]
 
 
