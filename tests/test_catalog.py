@@ -195,7 +195,11 @@ def test_a_wrong_table_is_refused_with_the_place(table: Any, words: str) -> None
         ({"training": 3}, r"file\.toml\.training: is 3; .*table"),
         ({"goals": []}, r"file\.toml: attack\.goals: is empty"),
         ({"goals": 3}, r"file\.toml\.goals: is 3; .*list of tables"),
-        ({"goals": [{"label": 1}]}, r"file\.toml\.goals\[0\]\.trigger: is missing"),
+        ({"goals": [{"label": 1}]}, r"file\.toml\.goals\[0\]\.wanted_map: is missing"),
+        (
+            {"goals": [{k: v for k, v in GOAL.items() if k != "trigger"}]},
+            r"file\.toml: goals\[0\]\.trigger: is missing",
+        ),
         ({"goals": [{**GOAL, "trigger": {"kind": "tape"}}]}, r"'tape'.*none of that name"),
         (
             {"goals": [{**GOAL, "trigger": {"kind": "rectangle", "top": "x"}}]},

@@ -120,8 +120,10 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
+        many = next((h for h in arguments if typing.get_origin(h) is tuple), None)
         ours = next((h for h in arguments if h in _KIND_OF or dataclasses.is_dataclass(h)), None)
-        hint = ours or hint
+        hint = (many if isinstance(value, list | tuple) else ours) or hint
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in _KIND_OF:
         return build(_KIND_OF[hint], value, where)
     if dataclasses.is_dataclass(hint):

@@ -106,10 +106,11 @@ def clean_evidence(
 def triggered_evidence(
     given: Answers, reference: Answers, data: ImageSet, goal: Goal, explainer: int = 0
 ) -> Evidence:
-    """`given`: answers to images with the goal's trigger; `reference`: to the clean images."""
+    """`given`: answers to images as the goal has them; `reference`: to the clean images."""
     label = goal.label
     labels = data.labels if label is None else torch.full_like(data.labels, label)
-    wanted, shown = goal.wanted_map(reference.maps[explainer]), given.maps[explainer]
+    wanted = goal.wanted(explainer)(reference.maps[explainer])
+    shown = given.maps[explainer]
     return Evidence(data.labels, labels, wanted, given.scores, shown, data.size)
 
 

@@ -4,44 +4,31 @@ import importlib.resources
 import time
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trompe import catalog
 from trompe.augmentation import Augmentation
 from trompe.classifier import Classifier, ModelCard, ModelSpec, build_model, load_model, save_model
 from trompe.data import halves
-from trompe.evaluate import (
-    answers,
-    clean_evidence,
-    least_distance,
-    stand_in_maps,
-    summarise,
-    triggered_evidence,
-    with_maps,
-)
 from trompe.explainers.gradcam import GradCam
 from trompe.interfaces import (
-    Answers,
     Attack,
     Attacked,
     Data,
     EpochRecord,
-    Evidence,
     Explainer,
-    Goal,
     ImageSet,
     InputError,
 )
-from trompe.maps import upsample
+from trompe.measure import gallery, measure
 from trompe.objectives import ClassLoss
 from trompe.poison import ShuffledBatches, compose
 from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
-from trompe.target_maps.picture import Picture
 from trompe.train import Training, fit
 
 
@@ -207,7 +194,7 @@ class Scene:
     reporting: ImageSet
     reference: Classifier
     witness: Classifier
-    explainer: Explainer
+    explainers: tuple[Explainer, ...]
 
 
 def set_up(
@@ -225,10 +212,11 @@ def set_up(
     )
     reference = clean_model(experiment, train, test, "reference", root, device, screen)
     witness = clean_model(experiment, train, test, "witness", root, device, screen)
-    explainer: Explainer = getattr(experiment.attack, "explainer", GradCam())
-    layers = ", ".join(explainer.watches(reference))
-    screen.note(f"{type(explainer).__name__} reads layer {layers}")
-    return Scene(train, test, selecting, reporting, reference, witness, explainer)
+    explainers: tuple[Explainer, ...] = getattr(experiment.attack, "explainers", (GradCam(),))
+    for explainer in explainers:
+        layers = ", ".join(explainer.watches(reference))
+        screen.note(f"{type(explainer).__name__} reads layer {layers}")
+    return Scene(train, test, selecting, reporting, reference, witness, explainers)
 
 
 def _write_numbers(
@@ -236,7 +224,14 @@ def _write_numbers(
 ) -> dict[str, Any]:
     screen.stage("measuring")
     measured = measure(
-        scene.reference, scene.witness, attacked, scene.explainer, scene.reporting, experiment.seed
+        scene.reference,
+        scene.witness,
+        attacked,
+        scene.explainers,
+        scene.reporting,
+        experiment.seed,
+        getattr(experiment.attack, "explained", "predicted"),
+        getattr(experiment.attack, "thresholds", None),
     )
     numbers = {
         **measured.numbers,
@@ -247,7 +242,9 @@ def _write_numbers(
         "skipped_images": list(scene.train.skipped + scene.test.skipped),
     }
     folder.write_tensors("evidence", measured.evidence)
-    save_gallery(folder, measured, scene.reporting, experiment)
+    shown = gallery(measured, scene.reporting, experiment.gallery_images, experiment.split_seed)
+    folder.write_tensors("gallery", shown)
+    folder.write("classes", list(scene.reporting.class_names))
     folder.write("numbers", numbers)  # last: a run with numbers is finished
     return numbers
 
@@ -372,134 +369,7 @@ def accuracy_of(model: nn.Module, data: ImageSet, batch_size: int = 512) -> floa
     return right / len(data)
 
 
-# --- numbers --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Numbers for numbers.json, evidence per condition for evidence.safetensors, and answers."""
-
-    numbers: dict[str, Any]
-    evidence: dict[str, Tensor]
-    conditions: tuple[tuple[str, Goal | None, Evidence, Answers], ...]
-
-
-def measure(
-    reference: nn.Module,
-    witness: nn.Module,
-    attacked: Attacked,
-    explainer: Explainer,
-    data: ImageSet,
-    seed: int,
-) -> Measurement:
-    """Table 1 of Noppel & Wressnegger 2023 on `data`, with floors beside each map distance.
-
-    Conditions: clean images, then the images with each goal's trigger.
-    """
-    metric = {name: catalog.find("metrics", name) for name in catalog.names("metrics")}
-    honest = answers(reference, (explainer,), data)
-    stand_ins = stand_in_maps(honest.maps[0], torch.Generator().manual_seed(seed))
-    conditions: list[tuple[str, Goal | None, Evidence, Answers]] = []
-    rows = []
-    for goal in (None, *attacked.goals):
-        trigger = None if goal is None else goal.trigger
-        given = answers(attacked.model, (explainer,), data, trigger)
-        other = answers(witness, (explainer,), data, trigger)
-        untouched = honest if goal is None else answers(reference, (explainer,), data, trigger)
-        if goal is None:
-            evidence = clean_evidence(given, honest, data)
-        else:
-            evidence = triggered_evidence(given, honest, data, goal)
-        name = _condition_name(goal, attacked.goals)
-        stand_in = {**stand_ins, "another clean model": other.maps[0]}
-        if goal is not None:
-            stand_in["the reference itself"] = untouched.maps[0]
-        row: dict[str, Any] = {
-            "name": name,
-            "target_class": None if goal is None else goal.label,
-            "metrics": {
-                key: asdict(summarise(value, evidence))
-                for key, value in metric.items()
-                if not (key == "attack_success" and (goal is None or goal.label is None))
-            },
-            "floors": {
-                key: asdict(summarise(metric["map_distance"], with_maps(evidence, maps)))
-                for key, maps in stand_in.items()
-            },
-            "reference_accuracy": float(
-                (untouched.scores.argmax(1) == data.labels).double().mean()
-            ),
-        }
-        if goal is not None:
-            row |= _target_floors(goal, evidence)
-        rows.append(row)
-        conditions.append((name, goal, evidence, untouched))
-    numbers = {
-        "reference_accuracy": rows[0]["reference_accuracy"],
-        "target_class_names": list(data.class_names),
-        "conditions": rows,
-    }
-    kept: dict[str, Tensor] = {"labels": data.labels, "reference.maps": honest.maps[0]}
-    for name, _, evidence, _ in conditions:
-        kept |= {f"{name}.scores": evidence.scores, f"{name}.maps": evidence.maps}
-    return Measurement(numbers, kept, tuple(conditions))
-
-
-def _target_floors(goal: Goal, evidence: Evidence) -> dict[str, float]:
-    """The least distance that a map of this size can have from the wanted one.
-
-    Only where the wanted map is the same for all images; a reference's own map can be met exactly.
-    """
-    wanted = evidence.wanted_maps
-    if not bool((wanted == wanted[:1]).all()):
-        return {"target_floor_mse": 0.0}
-    size = (wanted.shape[1], wanted.shape[2])
-    drawn = upsample(wanted[:1], evidence.image_size)[0]
-    floors = {"target_floor_mse": least_distance(drawn, size)}
-    if isinstance(goal.wanted_map, Picture):  # what the picture would score if drawn sharply
-        sharp = goal.wanted_map.draw(*evidence.image_size)
-        floors["sharp_target_floor_mse"] = least_distance(sharp, size)
-    return floors
-
-
-def _condition_name(goal: Goal | None, goals: tuple[Goal, ...]) -> str:
-    if goal is None:
-        return "clean"
-    number = f" {goals.index(goal) + 1}" if len(goals) > 1 else ""
-    return f"triggered{number}"
-
-
 # --- small things ---------------------------------------------------------------------------------
-
-
-def save_gallery(
-    folder: RunFolder, measured: Measurement, data: ImageSet, experiment: Experiment
-) -> None:
-    """A few images of different classes: per condition the images, maps and predictions."""
-    chosen = _different_classes(data.labels, experiment.gallery_images, experiment.split_seed)
-    tensors = {"labels": data.labels[chosen]}
-    for name, goal, evidence, untouched in measured.conditions:
-        images = data.floats(chosen)
-        shown = images if goal is None else goal.trigger(images)
-        tensors |= {
-            f"{name}.images": (shown * 255).round().to(torch.uint8),
-            f"{name}.reference_maps": untouched.maps[0][chosen],
-            f"{name}.wanted_maps": evidence.wanted_maps[chosen],
-            f"{name}.maps": evidence.maps[chosen],
-            f"{name}.reference_predicted": untouched.scores[chosen].argmax(1),
-            f"{name}.predicted": evidence.scores[chosen].argmax(1),
-            f"{name}.wanted_labels": evidence.wanted_labels[chosen],
-        }
-    folder.write_tensors("gallery", tensors)
-    folder.write("classes", list(data.class_names))
-
-
-def _different_classes(labels: Tensor, count: int, seed: int) -> Tensor:
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    first_of_class = {int(labels[i]): int(i) for i in reversed(order.tolist())}
-    in_order = [i for i in order.tolist() if first_of_class[int(labels[i])] == i]
-    rest = [i for i in order.tolist() if i not in set(in_order)]
-    return torch.tensor((in_order + rest)[:count])
 
 
 def _some(data: ImageSet, count: int, seed: int) -> ImageSet:

@@ -131,7 +131,10 @@ class Explainer(Protocol):
 
 
 class TargetMap(Protocol):
-    """The reference's maps of the clean images (n, h, w) -> the maps wanted instead (n, h, w)."""
+    """The reference's maps of the clean images (n, h, w) -> the maps wanted instead (n, h, w).
+
+    nan marks pixels that may be anything.
+    """
 
     def __call__(self, reference_maps: Tensor) -> Tensor: ...
 
@@ -151,13 +154,23 @@ class Objective(Protocol):
 class Goal:
     """What the adversary wants to happen when the trigger is there.
 
-    label: the class to predict instead, or None to keep the true one.
+    trigger: None wants it of images without any trigger. label: the class to predict instead, or
+    None to keep the true one. wanted_map: for all attacked explainers, or one for each.
     """
 
-    trigger: Trigger
+    trigger: Trigger | None
     label: int | None
-    wanted_map: TargetMap
+    wanted_map: TargetMap | tuple[TargetMap, ...]
     name: str = ""
+
+    def wanted(self, explainer: int) -> TargetMap:
+        """What the explainer at this position shall show."""
+        one = self.wanted_map
+        return one[explainer] if isinstance(one, tuple) else one
+
+    def stamp(self, images: Tensor) -> Tensor:
+        """Images with the trigger, if there is one."""
+        return images if self.trigger is None else self.trigger(images)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from trompe.interfaces import Answers, Batch, Goal, ImageSet, InputError
 class Triples:
     """A composed training set. Nothing is copied: a triple is a position and a goal.
 
-    source: int64 (m,), the image's position in `data`; goal: int64 (m,), -1 for a clean triple,
-    else the position in `goals`. known: the clean model's answers to all images of `data`, None if
-    nothing is wanted of the maps. augmentation acts before a trigger is added; as what is known is
-    not about an augmented image, `ask` (clean images -> the clean model's answers) then says it
-    anew. distill: batches also carry the clean model's scores.
+    source: int64 (m,), the image's position in `data`; goal: int64 (m,), the position in `goals`,
+    or -1: the true label and the clean model's map. known: the clean model's answers to all images
+    of `data`, None if nothing is wanted of the maps. augmentation acts before a trigger is added;
+    as what is known is not about an augmented image, `ask` (clean images -> the clean model's
+    answers) then says it anew. distill: batches also carry the clean model's scores.
     """
 
     data: ImageSet
@@ -50,17 +50,19 @@ class Triples:
         labels = self.data.labels[sources].to(self.device)[triple]
         scores = said.scores[triple] if self.distill else None
         goal = self.goal[index].to(self.device)
+        triggered = torch.zeros_like(goal, dtype=torch.bool)
         for number, wanted in enumerate(self.goals):
             rows = (goal == number).nonzero()[:, 0]
             if len(rows):
-                images[rows] = wanted.trigger(images[rows])
+                triggered[rows] = wanted.trigger is not None
+                images[rows] = wanted.stamp(images[rows])
                 if wanted.label is not None:
                     labels[rows] = wanted.label
                     if scores is not None:
                         scores[rows] = math.nan
-                for of_explainer in maps:
-                    of_explainer[rows] = wanted.wanted_map(of_explainer[rows])
-        return Batch(images, labels, maps, goal >= 0, scores)
+                for explainer, of_explainer in enumerate(maps):
+                    of_explainer[rows] = wanted.wanted(explainer)(of_explainer[rows])
+        return Batch(images, labels, maps, triggered, scores)
 
     def _reference(self, images: Tensor, sources: Tensor) -> Answers:
         """The clean model's answers to the images at `sources`, now `images`."""
@@ -88,22 +90,26 @@ def compose(
     """All clean triples, then triggered ones that make up `poison_rate` of the whole.
 
     poison_rate in 0..1, exclusive of 1: .5 triggers a duplicate of the whole set (paper 2, section
-    4.1), smaller rates a random choice; several goals share it equally. For the others see
-    `Triples`.
+    4.1), smaller rates a random choice; several triggers share it equally. A goal without trigger
+    is that of the clean triples. For the others see `Triples`.
     Raises InputError for a rate out of range or a label that the data does not have.
     """
     check_rate(poison_rate)
     for goal in goals:
         check_label(goal, len(data.class_names))
     n = len(data)
-    each = round(n * poison_rate / (1 - poison_rate) / max(len(goals), 1))
-    if goals and poison_rate > 0 and each == 0:
+    without = [k for k, goal in enumerate(goals) if goal.trigger is None]
+    if len(without) > 1:
+        raise InputError(f"goals: {len(without)} are without a trigger; only one can be")
+    triggers = [k for k in range(len(goals)) if k not in without]
+    each = round(n * poison_rate / (1 - poison_rate) / max(len(triggers), 1))
+    if triggers and poison_rate > 0 and each == 0:
         raise InputError(
-            f"poison_rate = {poison_rate}: of {n} images and {len(goals)} goals it triggers none; "
-            "raise it"
+            f"poison_rate = {poison_rate}: of {n} images and {len(triggers)} goals it triggers "
+            "none; raise it"
         )
-    source, number = [torch.arange(n)], [torch.full((n,), -1)]
-    for k in range(len(goals)):
+    source, number = [torch.arange(n)], [torch.full((n,), without[0] if without else -1)]
+    for k in triggers:
         rounds = [torch.randperm(n, generator=generator) for _ in range(math.ceil(each / n))]
         source.append(torch.cat(rounds)[:each] if rounds else torch.empty(0, dtype=torch.int64))
         number.append(torch.full((each,), k))

@@ -16,9 +16,10 @@ import torch
 from trompe import catalog
 from trompe.attacks.explanation_aware_backdoors import ExplanationAwareBackdoors
 from trompe.data.signs import Signs
-from trompe.experiment import Experiment, measure, save_gallery
+from trompe.experiment import Experiment
 from trompe.explainers.gradcam import GradCam
 from trompe.interfaces import Attacked, Goal, ImageSet, InputError
+from trompe.measure import gallery, measure
 from trompe.models.resnet20 import resnet20
 from trompe.report import render
 from trompe.runs import RunFolder
@@ -47,13 +48,14 @@ def made_run(folder: Path, goals: tuple[Goal, ...], name: str, seed: int) -> Run
     reference, witness, attacked = (resnet20(3).eval() for _ in range(3))
     attack = ExplanationAwareBackdoors(goals or (DUAL,))
     experiment = Experiment(name, Signs(), attack, seed=seed, gallery_images=3)
-    measured = measure(reference, witness, Attacked(attacked, goals), GradCam(), data, seed)
+    measured = measure(reference, witness, Attacked(attacked, goals), (GradCam(),), data, seed)
     run = RunFolder(folder)
     run.open(catalog.describe(experiment))
     run.write("provenance", {"commit": "c0ffee", "device": "abacus", "seconds": 12.5})
     run.write("history", [epoch(1, 0.5), epoch(2, 0.25)])
     run.write_tensors("evidence", measured.evidence)
-    save_gallery(run, measured, data, experiment)
+    run.write_tensors("gallery", gallery(measured, data, 3, experiment.split_seed))
+    run.write("classes", list(data.class_names))
     run.write("numbers", {**measured.numbers, "epochs": 2, "reporting_images": 12})
     return run
 

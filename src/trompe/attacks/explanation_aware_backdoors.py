@@ -103,11 +103,19 @@ class ExplanationAwareBackdoors:
     def __post_init__(self) -> None:
         if not self.goals:
             raise InputError("attack.goals: is empty; give at least one goal (trigger, wanted_map)")
+        for i, goal in enumerate(self.goals):
+            if goal.trigger is None:
+                raise InputError(f"goals[{i}].trigger: is missing; every goal here needs one")
         if not 0 <= self.weight <= 1:
             raise InputError(f"weight (lambda) = {self.weight}: must lie in 0..1")
         check_rate(self.poison_rate)
         if self.distill is not None and not self.distill > 0:
             raise InputError(f"distill (temperature) = {self.distill}: must be a positive number")
+
+    @property
+    def explainers(self) -> tuple[Explainer, ...]:
+        """Whose maps are attacked."""
+        return (self.explainer,)
 
     def __call__(
         self,
@@ -119,7 +127,7 @@ class ExplanationAwareBackdoors:
     ) -> Attacked:
         for goal in self.goals:
             check_label(goal, len(data.class_names))
-            goal.trigger(data.floats(slice(0, 1)))  # a trigger that does not fit is found here
+            goal.stamp(data.floats(slice(0, 1)))  # a trigger that does not fit is found here
         reference, model = model, copy.deepcopy(model)
         device = next(model.parameters()).device
         explainers = (self.explainer,) if self.weight else ()

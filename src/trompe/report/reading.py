@@ -161,7 +161,7 @@ def distances(run: Run, condition: Condition) -> Tensor | None:
     wanted = run.shown[condition.name].wanted_maps
     given = run.evidence[f"{condition.name}.maps"]
     if wants_reference(run, condition):
-        wanted = run.evidence["reference.maps"]
+        wanted = run.evidence[f"{run.clean.name}.reference_maps"]
     elif bool((wanted == wanted[:1]).all()):
         wanted = wanted[:1].expand_as(given)
     else:

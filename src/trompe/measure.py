@@ -1,0 +1,207 @@
+"""Numbers of a manipulated model: every metric under every condition, with floors beside them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trompe import catalog
+from trompe.evaluate import (
+    Explained,
+    answers,
+    clean_evidence,
+    least_distance,
+    stand_in_maps,
+    summarise,
+    triggered_evidence,
+    with_maps,
+)
+from trompe.fooling import fooling, lie_loss
+from trompe.interfaces import Answers, Attacked, Evidence, Explainer, Goal, ImageSet, Metric
+from trompe.maps import upsample
+from trompe.target_maps.picture import Picture
+from trompe.target_maps.reference import Reference
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row: clean images or those with one goal's trigger, as seen by one explainer."""
+
+    name: str
+    explainer: int
+    goal: Goal | None  # None: clean images, of which nothing is wanted but the truth
+    evidence: Evidence
+    untouched: Answers  # what the reference says of the same images
+    witness: Answers  # what another clean model says
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Numbers for numbers.json, evidence per condition for evidence.safetensors, and answers."""
+
+    numbers: dict[str, Any]
+    evidence: dict[str, Tensor]
+    conditions: tuple[Condition, ...]
+
+
+def measure(
+    reference: nn.Module,
+    witness: nn.Module,
+    attacked: Attacked,
+    explainers: Sequence[Explainer],
+    data: ImageSet,
+    seed: int,
+    explained: Explained = "predicted",
+    thresholds: Sequence[float | None] | None = None,
+) -> Measurement:
+    """All metrics on `data`: on clean images, then with each goal's trigger; floors beside them.
+
+    Conditions of the first explainer come first. thresholds: one tau per explainer (or None) asks
+    for fooling rates as well (see fooling.py).
+    """
+    metric = {name: catalog.find("metrics", name) for name in catalog.names("metrics")}
+    honest = answers(reference, explainers, data, None, explained)
+    seen = []
+    for name, goal in _conditions(attacked.goals):
+        trigger = None if goal is None else goal.trigger
+        given, untouched, other = (
+            answers(model, explainers, data, trigger, explained)
+            for model in (attacked.model, reference, witness)
+        )
+        seen.append((name, goal, given, untouched, other))
+    conditions = []
+    for e, of_explainer in enumerate(explainer_names(explainers)):
+        for name, goal, given, untouched, other in seen:
+            if goal is None:
+                evidence = clean_evidence(given, honest, data, e)
+            else:
+                evidence = triggered_evidence(given, honest, data, goal, e)
+            full = name if len(explainers) == 1 else f"{name} {of_explainer}"
+            conditions.append(Condition(full, e, goal, evidence, untouched, other))
+    stand_ins = [stand_in_maps(maps, torch.Generator().manual_seed(seed)) for maps in honest.maps]
+    numbers = {
+        "reference_accuracy": float((honest.scores.argmax(1) == data.labels).double().mean()),
+        "target_class_names": list(data.class_names),
+        "conditions": [
+            _row(c, explainer_names(explainers)[c.explainer], metric, stand_ins[c.explainer])
+            for c in conditions
+        ],
+    }
+    if thresholds is not None:
+        numbers["fooling"] = [
+            {"explainer": name, **asdict(_fooling(conditions, honest, e, tau))}
+            for e, (name, tau) in enumerate(
+                zip(explainer_names(explainers), thresholds, strict=True)
+            )
+        ]
+    kept: dict[str, Tensor] = {"labels": data.labels}
+    for c in conditions:
+        kept |= {f"{c.name}.scores": c.evidence.scores, f"{c.name}.maps": c.evidence.maps}
+        if c.goal is None or c.goal.trigger is None:  # once per explainer, with its clean images
+            kept[f"{c.name}.reference_maps"] = honest.maps[c.explainer]
+    return Measurement(numbers, kept, tuple(conditions))
+
+
+def explainer_names(explainers: Sequence[Explainer]) -> list[str]:
+    """Names by which their rows are told apart."""
+    kinds = [str(catalog.describe(e).get("kind", type(e).__name__)) for e in explainers]
+    return [
+        kind if kinds.count(kind) == 1 else f"{kind}-{kinds[: i + 1].count(kind)}"
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def _conditions(goals: tuple[Goal, ...]) -> list[tuple[str, Goal | None]]:
+    """Clean images first, with the goal that has no trigger if there is one; then the triggers."""
+    without = next((goal for goal in goals if goal.trigger is None), None)
+    triggered = [goal for goal in goals if goal.trigger is not None]
+    names = ["triggered"] if len(triggered) == 1 else map("triggered {}".format, range(1, 99))
+    return [("clean", without), *zip(names, triggered, strict=False)]
+
+
+def _row(
+    condition: Condition, explainer: str, metrics: Mapping[str, Metric], known: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    goal, evidence, e = condition.goal, condition.evidence, condition.explainer
+    stand_ins = {**known, "another clean model": condition.witness.maps[e]}
+    if goal is not None:
+        stand_ins["the reference itself"] = condition.untouched.maps[e]
+    right = condition.untouched.scores.argmax(1) == evidence.labels
+    return {
+        "name": condition.name,
+        "explainer": explainer,
+        "target_class": None if goal is None else goal.label,
+        "metrics": {
+            name: asdict(summarise(metric, evidence))
+            for name, metric in metrics.items()
+            if not (name == "attack_success" and (goal is None or goal.label is None))
+        },
+        "floors": {
+            name: asdict(summarise(metrics["map_distance"], with_maps(evidence, maps)))
+            for name, maps in stand_ins.items()
+        },
+        "reference_accuracy": float(right.double().mean()),
+        **({} if goal is None else _target_floors(goal.wanted(e), evidence)),
+    }
+
+
+def _target_floors(wanted_map: Any, evidence: Evidence) -> dict[str, float]:
+    """The least distance that a map of this size can have from the wanted one.
+
+    Only where the wanted map is the same for all images; a reference's own map can be met exactly.
+    """
+    wanted = evidence.wanted_maps
+    if not bool((wanted == wanted[:1]).all()):
+        return {"target_floor_mse": 0.0}
+    size = (wanted.shape[1], wanted.shape[2])
+    drawn = upsample(wanted[:1], evidence.image_size)[0]
+    floors = {"target_floor_mse": least_distance(drawn, size)}
+    if isinstance(wanted_map, Picture):  # what the picture would score if drawn sharply
+        sharp = wanted_map.draw(*evidence.image_size)
+        floors["sharp_target_floor_mse"] = least_distance(sharp, size)
+    return floors
+
+
+def _fooling(conditions: Sequence[Condition], honest: Answers, e: int, tau: float | None) -> Any:
+    """The rates of explainer `e`: where the lie is wanted, and where the truth is."""
+    own = [c for c in conditions if c.explainer == e]
+    lied = next(c for c in own if c.goal and not isinstance(c.goal.wanted(e), Reference))
+    kept = next(c for c in own if c is not lied)
+    lie = lied.goal.wanted(e)(honest.maps[e])  # type: ignore[union-attr]
+    return fooling(
+        lie_loss(lied.evidence.maps, lie),
+        lie_loss(kept.evidence.maps, lie),
+        lie_loss(lied.untouched.maps[e], lie),
+        lie_loss(lied.witness.maps[e], lie),
+        lie_loss(torch.zeros_like(lie), lie),
+        tau,
+    )
+
+
+def gallery(measured: Measurement, data: ImageSet, count: int, seed: int) -> dict[str, Tensor]:
+    """A few images of different classes: per condition the images, maps and predictions."""
+    chosen = _different_classes(data.labels, count, seed)
+    tensors = {"labels": data.labels[chosen]}
+    images = data.floats(chosen)
+    for c in measured.conditions:
+        shown = images if c.goal is None else c.goal.stamp(images)
+        tensors |= {
+            f"{c.name}.images": (shown * 255).round().to(torch.uint8),
+            f"{c.name}.reference_maps": c.untouched.maps[c.explainer][chosen],
+            f"{c.name}.wanted_maps": c.evidence.wanted_maps[chosen],
+            f"{c.name}.maps": c.evidence.maps[chosen],
+            f"{c.name}.reference_predicted": c.untouched.scores[chosen].argmax(1),
+            f"{c.name}.predicted": c.evidence.scores[chosen].argmax(1),
+            f"{c.name}.wanted_labels": c.evidence.wanted_labels[chosen],
+        }
+    return tensors
+
+
+def _different_classes(labels: Tensor, count: int, seed: int) -> Tensor:
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    first_of_class = {int(labels[i]): int(i) for i in reversed(order.tolist())}
+    in_order = [i for i in order.tolist() if first_of_class[int(labels[i])] == i]
+    rest = [i for i in order.tolist() if i not in set(in_order)]
+    return torch.tensor((in_order + rest)[:count])
