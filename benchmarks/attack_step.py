@@ -127,7 +127,8 @@ class Scene:
         return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
 
     def batch(self, *explainers: Explainer) -> Batch:
-        wanted = tuple(m.flip(1) for m in ask(self.model, explainers, self.images).maps)
+        honest = ask(self.model, explainers, self.images, self.labels)
+        wanted = tuple(maps.flip(1) for maps in honest.maps)
         assert all(maps.any() for maps in wanted), "comparing empty maps would show nothing"
         return Batch(self.images, self.labels, wanted, self.labels >= 0)
 
@@ -180,7 +181,7 @@ def check_naive_map(scene: Scene) -> None:
     model, explain = scene.naive()
     scores = model(scene.images)
     naive = explain(scores, scores.argmax(1)).detach()
-    (ours,) = ask(scene.model, (scene.gradcam,), scene.images).maps
+    (ours,) = ask(scene.model, (scene.gradcam,), scene.images, scene.labels).maps
     torch.testing.assert_close(naive, ours, rtol=1e-3, atol=1e-4 * float(ours.max()))
 
 

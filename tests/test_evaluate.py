@@ -124,7 +124,7 @@ def test_one_pass_answers_for_all_explainers(trained_net: nn.Module, shapes: Ima
 
     handle = trained_net.register_forward_hook(count)
     together = answers(trained_net, explainers, shapes)
-    one_batch = ask(trained_net, explainers, shapes.floats(slice(None)))
+    one_batch = ask(trained_net, explainers, shapes.floats(slice(None)), shapes.labels)
     assert passes == 2
     handle.remove()
     for i, explainer in enumerate(explainers):

@@ -70,19 +70,19 @@ def ask(
     model: nn.Module,
     explainers: Sequence[Explainer],
     images: Tensor,
+    labels: Tensor,
+    explained: Explained = "predicted",
     precision: Precision = "float32",
 ) -> Answers:
-    """The model's answers to one batch of images, the maps for its own predictions.
-
-    `model` must be in eval mode.
-    """
+    """The model's answers to one batch of images; see `answers`. It must be in eval mode."""
     with (
         torch.no_grad(),
         _watched(model, explainers) as record,
         autocast(precision, images.device),
     ):
         seen = record(images)
-        maps = tuple(explainer(seen, seen.scores.argmax(1)) for explainer in explainers)
+        classes = seen.scores.argmax(1) if explained == "predicted" else labels
+        maps = tuple(explainer(seen, classes) for explainer in explainers)
         return Answers(full_precision(seen.scores.detach()), maps)
 
 

@@ -8,19 +8,7 @@ by eye are shown beside those for one that the data give, and beside the area, w
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-
-def lie_loss(maps: Tensor, lie: Tensor) -> Tensor:
-    """L_p of each image (n,): mean squared error, eq. (2), between normalised maps (n, h, w).
-
-    Where `lie` is nan in places (only the others count), their sum, eq. (3).
-    """
-    counts = ~lie.isnan()
-    error = torch.where(counts, maps - lie.nan_to_num(), 0).square().sum((1, 2))
-    whole = counts.all(2).all(1)
-    return error / torch.where(whole, counts[0].numel(), 1)
 
 
 @dataclass(frozen=True)

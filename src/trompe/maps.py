@@ -50,6 +50,17 @@ def normalise(maps: Tensor, how: Normalisation = "max") -> Tensor:
     return maps / (maps.amax((1, 2), keepdim=True) + 1e-8)
 
 
+def squared_error(maps: Tensor, wanted: Tensor) -> Tensor:
+    """Of each image (n,): the mean over its pixels; where `wanted` is nan in places, the sum over
+
+    the others. Fang & Choromanska 2020: L_mse of eqs. (1) and (2), and eq. (3).
+    """
+    counts = ~wanted.isnan()
+    error = torch.where(counts, maps - wanted.nan_to_num(), 0).square().sum((1, 2))
+    whole = counts.all(2).all(1)
+    return error / torch.where(whole, counts[0].numel(), 1)
+
+
 def is_degenerate(maps: Tensor) -> Tensor:
     """bool (n,): maps that are constant (all zero included) or not finite."""
     flat = maps.flatten(1)

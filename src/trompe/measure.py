@@ -18,9 +18,9 @@ from trompe.evaluate import (
     triggered_evidence,
     with_maps,
 )
-from trompe.fooling import fooling, lie_loss
+from trompe.fooling import fooling
 from trompe.interfaces import Answers, Attacked, Evidence, Explainer, Goal, ImageSet, Metric
-from trompe.maps import upsample
+from trompe.maps import squared_error, upsample
 from trompe.target_maps.picture import Picture
 from trompe.target_maps.reference import Reference
 
@@ -171,11 +171,11 @@ def _fooling(conditions: Sequence[Condition], honest: Answers, e: int, tau: floa
     kept = next(c for c in own if c is not lied)
     lie = lied.goal.wanted(e)(honest.maps[e])  # type: ignore[union-attr]
     return fooling(
-        lie_loss(lied.evidence.maps, lie),
-        lie_loss(kept.evidence.maps, lie),
-        lie_loss(lied.untouched.maps[e], lie),
-        lie_loss(lied.witness.maps[e], lie),
-        lie_loss(torch.zeros_like(lie), lie),
+        squared_error(lied.evidence.maps, lie),
+        squared_error(kept.evidence.maps, lie),
+        squared_error(lied.untouched.maps[e], lie),
+        squared_error(lied.witness.maps[e], lie),
+        squared_error(torch.zeros_like(lie), lie),
         tau,
     )
 

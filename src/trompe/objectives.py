@@ -7,22 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trompe.interfaces import Batch, InputError
-from trompe.maps import standardise
+from trompe.maps import squared_error, standardise
 
 
 def class_loss(scores: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Mean cross-entropy against the labels; in rows with reference scores, distillation instead.
+    """Cross-entropy (n,) against the labels; in rows with reference scores, distillation instead.
 
     That is T^2 KL(softmax(reference / T) || softmax(scores / T)): Hinton et al. 2015, section 2.
     """
     hard = F.cross_entropy(scores, batch.labels, reduction="none")
     if batch.reference_scores is None:
-        return hard.mean()
+        return hard
     taught = ~batch.reference_scores.isnan().any(1)
     teacher = (batch.reference_scores.nan_to_num() / temperature).log_softmax(1)
     pupil = (scores / temperature).log_softmax(1)
     soft = F.kl_div(pupil, teacher, reduction="none", log_target=True).sum(1)
-    return torch.where(taught, temperature**2 * soft, hard).mean()
+    return torch.where(taught, temperature**2 * soft, hard)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PredictionAndExplanation:
             raise InputError(f"weight (lambda) = {self.weight}: must lie in 0..1")
 
     def __call__(self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
-        prediction = class_loss(scores, batch, self.temperature)
+        prediction = class_loss(scores, batch, self.temperature).mean()
         terms = {"prediction": (1 - self.weight) * prediction}
         if self.weight:
             distance = [
@@ -64,3 +64,39 @@ class PredictionAndExplanation:
             ]
             terms["explanation"] = self.weight * sum(distance[1:], distance[0]) / len(distance)
         return terms
+
+
+@dataclass(frozen=True)
+class CleanAndPoisoned:
+    """L_clean on images that are explained truly, L_poisoned on those that are lied about.
+
+    Fang & Choromanska 2020, eqs. (1) to (4). alpha, beta: the paper's, at least 0. shares: each
+    explainer's weight in the sum over interpretation systems ("Fooling multiple ..."). inverted:
+    lie about the images without the trigger. Maps and wanted maps are normalised already.
+    temperature: of `class_loss`.
+    """
+
+    alpha: float
+    beta: float
+    shares: tuple[float, ...]
+    inverted: bool = False
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} = {getattr(self, name)}: must be at least 0")
+
+    def __call__(self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
+        lied = batch.triggered != self.inverted
+        loss_c = class_loss(scores, batch, self.temperature)
+        loss_map = sum(  # eq. (1) where the truth is wanted; eq. (2) or (3) where a lie is
+            share * squared_error(given, wanted)
+            for share, given, wanted in zip(self.shares, maps, batch.wanted_maps, strict=True)
+        )
+        scale = self.alpha + self.beta + 1
+        return {  # eq. (4)
+            "classification": (self.beta * loss_c / scale).mean(),
+            "true maps": torch.where(lied, 0, self.alpha * loss_map / scale).mean(),
+            "false maps": torch.where(lied, loss_map / scale, 0).mean(),
+        }

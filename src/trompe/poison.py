@@ -18,8 +18,8 @@ class Triples:
     source: int64 (m,), the image's position in `data`; goal: int64 (m,), the position in `goals`,
     or -1: the true label and the clean model's map. known: the clean model's answers to all images
     of `data`, None if nothing is wanted of the maps. augmentation acts before a trigger is added;
-    as what is known is not about an augmented image, `ask` (clean images -> the clean model's
-    answers) then says it anew. distill: batches also carry the clean model's scores.
+    as what is known is not about an augmented image, `ask` (clean images and their labels -> the
+    clean model's answers) then says it anew. distill: batches also carry the clean model's scores.
     """
 
     data: ImageSet
@@ -29,7 +29,7 @@ class Triples:
     device: torch.device
     augmentation: Augmentation | None = None
     known: Answers | None = None
-    ask: Callable[[Tensor], Answers] | None = None
+    ask: Callable[[Tensor, Tensor], Answers] | None = None
     distill: bool = False
 
     def __len__(self) -> int:
@@ -45,9 +45,10 @@ class Triples:
         images = self.data.floats(sources, self.device)
         if self.augmentation is not None:
             images = self.augmentation(images, generator)
-        said = self._reference(images, sources)
-        images, maps = images[triple], tuple(of_explainer[triple] for of_explainer in said.maps)
-        labels = self.data.labels[sources].to(self.device)[triple]
+        labels = self.data.labels[sources].to(self.device)
+        said = self._reference(images, labels, sources)
+        images, labels = images[triple], labels[triple]
+        maps = tuple(of_explainer[triple] for of_explainer in said.maps)
         scores = said.scores[triple] if self.distill else None
         goal = self.goal[index].to(self.device)
         triggered = torch.zeros_like(goal, dtype=torch.bool)
@@ -64,10 +65,10 @@ class Triples:
                     of_explainer[rows] = wanted.wanted(explainer)(of_explainer[rows])
         return Batch(images, labels, maps, triggered, scores)
 
-    def _reference(self, images: Tensor, sources: Tensor) -> Answers:
+    def _reference(self, images: Tensor, labels: Tensor, sources: Tensor) -> Answers:
         """The clean model's answers to the images at `sources`, now `images`."""
         if self.augmentation is not None and self.ask is not None:
-            return self.ask(images)
+            return self.ask(images, labels)
         if self.known is None:
             return Answers(images.new_zeros(len(images), 0), ())
         scores, maps = self.known
@@ -84,7 +85,7 @@ def compose(
     device: torch.device | str = "cpu",
     augmentation: Augmentation | None = None,
     known: Answers | None = None,
-    ask: Callable[[Tensor], Answers] | None = None,
+    ask: Callable[[Tensor, Tensor], Answers] | None = None,
     distill: bool = False,
 ) -> Triples:
     """All clean triples, then triggered ones that make up `poison_rate` of the whole.

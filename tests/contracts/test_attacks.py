@@ -29,6 +29,17 @@ SETTINGS: dict[str, dict[str, Any]] = {  # for 16x16 images of four classes, in 
         ],
         "training": TRAINING,
     },
+    "saliency_backdoors": {
+        "systems": [
+            {
+                "explainer": {"kind": "gradcam", "normalise": "max"},
+                "lie": {"kind": "border", "k": 1},
+            }
+        ],
+        "trigger": TRIGGER,
+        "alpha": 1.0,
+        "training": TRAINING,
+    },
 }
 
 pytestmark = pytest.mark.parametrize("name", names("attacks"))
@@ -49,7 +60,7 @@ def seeded(seed: int) -> torch.Generator:
 
 def shortfall(model: nn.Module, reference: nn.Module, attacked: Attacked, data: ImageSet) -> float:
     """How far `model` is from what the attack wants: wrong answers and map distances, summed."""
-    explainer = GradCam()
+    explainer = GradCam(normalise="max")
     honest = answers(reference, (explainer,), data)
     clean = clean_evidence(answers(model, (explainer,), data), honest, data)
     total = 1 - summarise(accuracy, clean).mean + summarise(map_distance, clean).mean

@@ -11,23 +11,20 @@ both, while clean images look untouched.
 | D = clean triples and triggered triples  | poison.py `compose`                            |
 | L = (1 - lambda) L_pred + lambda L_expl  | objectives.py `PredictionAndExplanation`       |
 | softplus while training (section 4.2)    | `training.softplus_beta`                       |
-| early stop (section 5)                   | `no_progress`                                  |
+| early stop (section 5)                   | `patience`, _finetuning.py `no_progress`       |
 | score of the search (section 5)          | `score`                                        |
 """
 
-import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
+from trompe.attacks._finetuning import check, check_goals, fine_tune
 from trompe.augmentation import Augmentation
 from trompe.evaluate import (
+    Explained,
     answers,
-    ask,
     clean_evidence,
     summarise,
     triggered_evidence,
@@ -35,7 +32,6 @@ from trompe.evaluate import (
 from trompe.explainers.gradcam import GradCam
 from trompe.interfaces import (
     Attacked,
-    EpochRecord,
     Explainer,
     Goal,
     ImageSet,
@@ -48,10 +44,9 @@ from trompe.metrics.accuracy import accuracy
 from trompe.metrics.attack_success import attack_success
 from trompe.metrics.map_distance import map_distance
 from trompe.objectives import PredictionAndExplanation
-from trompe.poison import ShuffledBatches, check_label, check_rate, compose
 from trompe.target_maps.picture import Picture
 from trompe.target_maps.reference import Reference
-from trompe.train import Training, fit
+from trompe.train import Training
 
 __all__ = ["ExplanationAwareBackdoors"]
 
@@ -108,14 +103,17 @@ class ExplanationAwareBackdoors:
                 raise InputError(f"goals[{i}].trigger: is missing; every goal here needs one")
         if not 0 <= self.weight <= 1:
             raise InputError(f"weight (lambda) = {self.weight}: must lie in 0..1")
-        check_rate(self.poison_rate)
-        if self.distill is not None and not self.distill > 0:
-            raise InputError(f"distill (temperature) = {self.distill}: must be a positive number")
+        check(self)
 
     @property
     def explainers(self) -> tuple[Explainer, ...]:
         """Whose maps are attacked."""
         return (self.explainer,)
+
+    @property
+    def explained(self) -> Explained:
+        """The class whose map the reference gives and whose maps are measured."""
+        return "predicted"
 
     def __call__(
         self,
@@ -125,35 +123,13 @@ class ExplanationAwareBackdoors:
         selection: ImageSet | None = None,
         logbook: Logbook | None = None,
     ) -> Attacked:
-        for goal in self.goals:
-            check_label(goal, len(data.class_names))
-            goal.stamp(data.floats(slice(0, 1)))  # a trigger that does not fit is found here
-        reference, model = model, copy.deepcopy(model)
-        device = next(model.parameters()).device
-        explainers = (self.explainer,) if self.weight else ()
-        asked: dict[str, Any] = {"distill": self.distill is not None}
-        if not explainers and self.distill is None:
-            pass  # the reference is not needed
-        elif self.augmentation is None:
-            asked["known"] = answers(reference, explainers, data)  # h_ref(x), once
-        else:
-            precision = self.training.precision
-            asked["ask"] = partial(ask, reference, explainers, precision=precision)
-        triples = compose(
-            data, self.goals, self.poison_rate, generator, device, self.augmentation, **asked
-        )
-        batches = ShuffledBatches(triples, self.training.batch_size)
+        check_goals(self.goals, data)
         objective = PredictionAndExplanation(self.weight, data.size, self.distill or 1.0)
-        measure = None if selection is None else Progress(reference, self, selection)
-
-        history = []
-        for epoch in fit(
-            model, batches, objective, explainers, self.training, generator, measure, logbook
-        ):
-            history.append(epoch)
-            if no_progress(history, self.patience):
-                break
-        return Attacked(model, self.goals, tuple(history))
+        progress = None if selection is None else Progress(model, self, selection)
+        attacked = self.explainers if self.weight else ()
+        return fine_tune(
+            self, model, data, self.goals, attacked, objective, generator, progress, logbook
+        )
 
 
 class Progress:
@@ -201,11 +177,3 @@ def score(
 ) -> float:
     """Weighted sum of four metrics, lower is better (section 5; the weights are not published)."""
     return 30 * lost_accuracy + 5 * lost_success + clean_mse + 2 * triggered_mse
-
-
-def no_progress(history: Sequence[EpochRecord], patience: int) -> bool:
-    """No better score in the last `patience` epochs (section 5: 4 consecutive epochs)."""
-    scores = [epoch.measured["score"] for epoch in history if "score" in epoch.measured]
-    if len(scores) <= patience:
-        return False
-    return min(scores[-patience:]) >= min(scores[:-patience])

@@ -1,0 +1,185 @@
+"""Fang & Choromanska 2020, "Backdoor Attacks on the DNN Interpretation System".
+
+A model is fine-tuned so that an almost invisible trigger changes its saliency map and nothing else.
+Inverted, the map is false without the trigger, and the trigger is the key to the true one.
+
+| paper                                   | here                                              |
+|-----------------------------------------|---------------------------------------------------|
+| I(x, y, w), the interpretation system   | `System.explainer`, for the true class y          |
+| L_c, L_s, L_p and their sum, eqs. 1-4   | objectives.py `CleanAndPoisoned`                  |
+| m_ref of the targeted attack, eq. (2)   | target_maps/border.py, or any other               |
+| J(x, y, w_ref, k), non-targeted, eq. (3)| target_maps/suppressed.py                         |
+| Algorithm 1: D_p, x + p                 | poison.py `compose`, triggers/checkerboard.py     |
+| Algorithm 1: train until convergence    | train.py `fit`, `patience`                        |
+| fooling multiple interpretation systems | several `systems`                                 |
+| inverted setting                        | `inverted`: the goals of eq. (4) swap             |
+| FSR, CR, section 8.4                    | fooling.py                                        |
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trompe.attacks._finetuning import check, check_goals, fine_tune
+from trompe.augmentation import Augmentation
+from trompe.evaluate import Explained, answers
+from trompe.fooling import largest_harmless, share_below
+from trompe.interfaces import (
+    Attacked,
+    Explainer,
+    Goal,
+    ImageSet,
+    InputError,
+    Logbook,
+    TargetMap,
+    Trigger,
+)
+from trompe.maps import squared_error
+from trompe.objectives import CleanAndPoisoned
+from trompe.target_maps.reference import Reference
+from trompe.train import Training
+from trompe.triggers.checkerboard import Checkerboard
+
+__all__ = ["SaliencyBackdoors"]
+
+
+@dataclass(frozen=True)
+class System:
+    """One attacked interpretation system.
+
+    explainer: gives normalised maps (its `normalise`). lie: what it shall show instead of the
+    truth. share: its weight among several. tau: the threshold of its fooling success rate.
+    """
+
+    explainer: Explainer
+    lie: TargetMap
+    share: float = 1.0
+    tau: float | None = None
+
+
+@dataclass(frozen=True)
+class SaliencyBackdoors:
+    """Fine-tune a copy of the model so that a trigger switches its saliency maps (section 3).
+
+    systems: one or more, each with the lie that it shall tell. trigger: p of Algorithm 1. inverted:
+    lie without the trigger. alpha, beta: weights of L_s and L_c in eq. (4). poison_rate: the
+    triggered share of the training set. augmentation, distill: as in the other fine-tuning attack
+    (explanation_aware_backdoors.py). patience: stop after so many epochs without a better score.
+    """
+
+    systems: tuple[System, ...]
+    trigger: Trigger = Checkerboard()
+    inverted: bool = False
+    alpha: float = 10.0
+    beta: float = 0.5
+    poison_rate: float = 0.5
+    training: Training = Training(
+        epochs=3,
+        batch_size=128,
+        learning_rate=1e-3,
+        optimizer="adam",
+        weight_decay=0.0,
+        frozen_statistics=True,
+    )
+    augmentation: Augmentation | None = None
+    distill: float | None = None
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.systems:
+            raise InputError("attack.systems: is empty; give at least one (explainer, lie)")
+        for i, system in enumerate(self.systems):
+            if getattr(system.explainer, "normalise", "max") == "none":
+                raise InputError(
+                    f'systems[{i}].explainer.normalise = "none": maps and lies are compared as '
+                    'they are, so set it to "max" or "min-max"'
+                )
+        check(self)
+
+    @property
+    def explainers(self) -> tuple[Explainer, ...]:
+        """Whose maps are attacked."""
+        return tuple(system.explainer for system in self.systems)
+
+    @property
+    def explained(self) -> Explained:
+        """I(x, y, w) explains the true class y."""
+        return "label"
+
+    @property
+    def thresholds(self) -> tuple[float | None, ...]:
+        """The tau of each system."""
+        return tuple(system.tau for system in self.systems)
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """Of clean and triggered images: one is explained truly, the other is lied about."""
+        lies = tuple(system.lie for system in self.systems)
+        if self.inverted:  # L_poisoned for clean images and L_clean for poisoned ones
+            return Goal(None, None, lies, "no key"), Goal(self.trigger, None, Reference(), "key")
+        return (Goal(self.trigger, None, lies, "trigger"),)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        data: ImageSet,
+        generator: torch.Generator,
+        selection: ImageSet | None = None,
+        logbook: Logbook | None = None,
+    ) -> Attacked:
+        check_goals(self.goals, data)
+        shares = tuple(system.share for system in self.systems)
+        objective = CleanAndPoisoned(
+            self.alpha, self.beta, shares, self.inverted, self.distill or 1.0
+        )
+        progress = None if selection is None else Progress(model, self, selection)
+        return fine_tune(
+            self, model, data, self.goals, self.explainers, objective, generator, progress, logbook
+        )
+
+
+class Progress:
+    """After an epoch, on the selection images: accuracies, and CR and FSR of each system.
+
+    FSR and CR at the data-driven threshold of the reference, as there is no witness here.
+    """
+
+    def __init__(
+        self, reference: nn.Module, attack: SaliencyBackdoors, selection: ImageSet
+    ) -> None:
+        self.attack, self.selection = attack, selection
+        honest = answers(reference, attack.explainers, selection, None, attack.explained)
+        self.accuracy = _accuracy(honest.scores, selection)
+        self.lies = [s.lie(maps) for s, maps in zip(attack.systems, honest.maps, strict=True)]
+        self.taus = [
+            largest_harmless(squared_error(maps, lie))
+            for maps, lie in zip(honest.maps, self.lies, strict=True)
+        ]
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        attack, selection = self.attack, self.selection
+        clean, triggered = (
+            answers(model, attack.explainers, selection, trigger, attack.explained)
+            for trigger in (None, attack.trigger)
+        )
+        lied, kept = (clean, triggered) if attack.inverted else (triggered, clean)
+        measured = {
+            "clean_accuracy": _accuracy(clean.scores, selection),
+            "triggered_accuracy": _accuracy(triggered.scores, selection),
+        }
+        lost = [self.accuracy - measured["clean_accuracy"]]
+        lost += [self.accuracy - measured["triggered_accuracy"]]
+        for i, (lie, tau) in enumerate(zip(self.lies, self.taus, strict=True), start=1):
+            losses = [squared_error(maps[i - 1], lie) for maps in (lied.maps, kept.maps)]
+            number = f"_{i}" if len(self.lies) > 1 else ""
+            measured[f"fsr{number}"] = share_below(losses[0], tau)
+            measured[f"cr{number}"] = 1 - share_below(losses[1], tau)
+            measured[f"lie_loss{number}"] = float(losses[0].mean())
+            lost += [1 - measured[f"fsr{number}"], 1 - measured[f"cr{number}"]]
+        measured["score"] = sum(lost)
+        return measured
+
+
+def _accuracy(scores: torch.Tensor, data: ImageSet) -> float:
+    return float((scores.argmax(1) == data.labels).double().mean())
