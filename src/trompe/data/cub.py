@@ -1,0 +1,86 @@
+"""Caltech-UCSD Birds-200-2011 (Wah et al. 2011) in its official folder layout and split."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trompe.data._reading import read_images
+from trompe.interfaces import ImageSet, InputError
+
+__all__ = ["Cub"]
+
+
+@dataclass(frozen=True)
+class Cub:
+    """root/CUB_200_2011/ as the archive unpacks: images.txt, train_test_split.txt, images/ ...
+
+    root may also be the folder CUB_200_2011 itself. size: images are resized, whole frame, to size
+    x size pixels. Fetch the archive (non-commercial research only) from
+    https://www.vision.caltech.edu/datasets/cub_200_2011/.
+    """
+
+    root: str
+    size: int = 224
+    skip_unreadable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise InputError(f"data.size = {self.size}: must be at least 8 pixels")
+
+    def train(self) -> ImageSet:
+        return self._read(wanted=True)
+
+    def test(self) -> ImageSet:
+        return self._read(wanted=False)
+
+    def _read(self, wanted: bool) -> ImageSet:
+        root = Path(self.root)
+        root = root / "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else root
+        if not (root / "images.txt").is_file():
+            raise InputError(
+                f"data folder {root}: holds no images.txt; data.root must be the folder into which "
+                "the archive CUB_200_2011.tgz was unpacked"
+            )
+        names = _table(root / "classes.txt")
+        files = _table(root / "images.txt")
+        labels = _table(root / "image_class_labels.txt")
+        in_train = _table(root / "train_test_split.txt")
+        for file, known in (("image_class_labels", labels), ("train_test_split", in_train)):
+            missing = sorted(files.keys() - known.keys(), key=int)
+            if missing:
+                raise InputError(
+                    f"{root / file}.txt: has no line for image {missing[0]} of images.txt "
+                    f"({len(missing)} missing); unpack the archive again"
+                )
+        classes = {number: label for label, number in enumerate(sorted(names, key=int))}
+        unknown = sorted({labels[i] for i in files} - classes.keys())
+        if unknown:
+            raise InputError(f"{root}/classes.txt: does not name class {unknown[0]}")
+        chosen = [i for i in files if (in_train[i] == "1") == wanted]
+        if not chosen:
+            raise InputError(
+                f"{root}/train_test_split.txt: puts no image into the "
+                f"{'training' if wanted else 'test'} set"
+            )
+        return read_images(
+            [root / "images" / files[i] for i in chosen],
+            [classes[labels[i]] for i in chosen],
+            self.size,
+            self.skip_unreadable,
+            tuple(names[number] for number in classes),
+            "cub",
+        )
+
+
+def _table(file: Path) -> dict[str, str]:
+    """Number -> the rest of its line. InputError if the file is not like that."""
+    table = {}
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from error
+    for count, line in enumerate(lines, start=1):
+        number, _, rest = line.strip().partition(" ")
+        if not number.isdigit() or not rest:
+            raise InputError(f"{file}, line {count}: is {line!r}, not a number and a value")
+        table[number] = rest.strip()
+    return table
