@@ -286,7 +286,7 @@ def clean_model(
             f"{len(train.class_names)} ({', '.join(train.class_names[:3])}, ...); "
             "use a model and data that belong together"
         )
-    return model.to(device=device, memory_format=torch.channels_last)  # a third faster
+    return model.to(device).to(memory_format=torch.channels_last)  # a third faster
 
 
 def seed_of(experiment: Experiment, role: str) -> int:
