@@ -89,14 +89,15 @@ def measure(
             for c in conditions
         ],
     }
-    if thresholds is not None:
-        numbers["fooling"] = [
-            {"explainer": name, **asdict(_fooling(conditions, honest, e, tau))}
-            for e, (name, tau) in enumerate(
-                zip(explainer_names(explainers), thresholds, strict=True)
-            )
-        ]
     kept: dict[str, Tensor] = {"labels": data.labels}
+    if thresholds is not None:
+        numbers["fooling"] = []
+        names = explainer_names(explainers)
+        for e, (name, tau) in enumerate(zip(names, thresholds, strict=True)):
+            losses = _lie_losses(conditions, honest, e)
+            rates = fooling(**losses, tau=tau)
+            numbers["fooling"].append({"explainer": name, **asdict(rates)})
+            kept |= {f"{name}.{whose}.lie_loss": values for whose, values in losses.items()}
     for c in conditions:
         kept |= {f"{c.name}.scores": c.evidence.scores, f"{c.name}.maps": c.evidence.maps}
         if c.goal is None or c.goal.trigger is None:  # once per explainer, with its clean images
@@ -132,6 +133,7 @@ def _row(
     return {
         "name": condition.name,
         "explainer": explainer,
+        "goal": "" if goal is None else goal.name,
         "target_class": None if goal is None else goal.label,
         "metrics": {
             name: asdict(summarise(metric, evidence))
@@ -164,20 +166,23 @@ def _target_floors(wanted_map: Any, evidence: Evidence) -> dict[str, float]:
     return floors
 
 
-def _fooling(conditions: Sequence[Condition], honest: Answers, e: int, tau: float | None) -> Any:
-    """The rates of explainer `e`: where the lie is wanted, and where the truth is."""
+def _lie_losses(conditions: Sequence[Condition], honest: Answers, e: int) -> dict[str, Tensor]:
+    """L_p (n,) of explainer `e`: `lied` where the lie is wanted and `kept` where the truth is;
+
+    where the lie is wanted, also of the reference, another clean model, and empty maps.
+    """
     own = [c for c in conditions if c.explainer == e]
     lied = next(c for c in own if c.goal and not isinstance(c.goal.wanted(e), Reference))
     kept = next(c for c in own if c is not lied)
     lie = lied.goal.wanted(e)(honest.maps[e])  # type: ignore[union-attr]
-    return fooling(
-        squared_error(lied.evidence.maps, lie),
-        squared_error(kept.evidence.maps, lie),
-        squared_error(lied.untouched.maps[e], lie),
-        squared_error(lied.witness.maps[e], lie),
-        squared_error(torch.zeros_like(lie), lie),
-        tau,
-    )
+    maps = {
+        "lied": lied.evidence.maps,
+        "kept": kept.evidence.maps,
+        "reference": lied.untouched.maps[e],
+        "witness": lied.witness.maps[e],
+        "empty": torch.zeros_like(lie),
+    }
+    return {whose: squared_error(shown, lie) for whose, shown in maps.items()}
 
 
 def gallery(measured: Measurement, data: ImageSet, count: int, seed: int) -> dict[str, Tensor]:

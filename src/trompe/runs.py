@@ -12,6 +12,7 @@
 | checkpoint.pt       | while training: the state after the last whole epoch                 |
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -153,6 +154,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
+@functools.cache  # the code that was loaded, not what has been edited since
 def _commit() -> str:
     """The commit of the code that runs, "+changes" if its files differ, "" if unknown."""
 

@@ -1,6 +1,7 @@
 """fit(): the only training loop. References, victims and attacks all go through it."""
 
 import copy
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -34,12 +35,17 @@ class Batches(Protocol):
     def __call__(self, generator: torch.Generator) -> Iterator[Batch]: ...
 
 
+_SCHEDULES = ("one-cycle", "decay", "constant")
+_STEPS = re.compile(r"x(?P<factor>0?\.\d+) every (?P<epochs>[1-9]\d*)")
+
+
 @dataclass(frozen=True)
 class Training:
     """How `fit` trains.
 
     schedule: "one-cycle" (Smith 2018: warm up, then anneal to almost 0 within `epochs`), "decay"
-    (learning_rate / (1 + epoch): public code of paper 2) or "constant".
+    (learning_rate / (1 + epoch): public code of paper 2), "constant", or e.g. "x0.5 every 20"
+    (epochs; paper 1).
     frozen_statistics: BatchNorm keeps its running statistics (and dropout is off) while its affine
     part trains. frozen: parameters whose names start with one of these stay as they are, which
     saves their backward pass ("net.conv1", "net.layer1"). softplus_beta: replaces ReLU while
@@ -52,7 +58,7 @@ class Training:
     batch_size: int = 128
     learning_rate: float = 0.1
     optimizer: Literal["sgd", "adam"] = "sgd"
-    schedule: Literal["one-cycle", "decay", "constant"] = "one-cycle"
+    schedule: str = "one-cycle"
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     frozen_statistics: bool = False
@@ -67,6 +73,11 @@ class Training:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 < self.learning_rate < 100:
             raise InputError(f"learning_rate = {self.learning_rate}: must lie between 0 and 100")
+        if self.schedule not in _SCHEDULES and _STEPS.fullmatch(self.schedule) is None:
+            raise InputError(
+                f"schedule = {self.schedule!r}: must be one of {', '.join(_SCHEDULES)}, or like "
+                '"x0.5 every 20" (epochs)'
+            )
 
 
 @contextmanager
@@ -114,10 +125,14 @@ def make_schedule(
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer, how.learning_rate, total_steps=how.epochs * steps_per_epoch + 1
         )
-    decay: Callable[[int], float] = {
-        "decay": lambda step: 1 / (1 + step // steps_per_epoch),
-        "constant": lambda step: 1.0,
-    }[how.schedule]
+    stepwise = _STEPS.fullmatch(how.schedule)
+
+    def decay(step: int) -> float:
+        epoch = step // steps_per_epoch
+        if stepwise is not None:
+            return float(stepwise["factor"]) ** (epoch // int(stepwise["epochs"]))
+        return 1 / (1 + epoch) if how.schedule == "decay" else 1.0
+
     return torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
 
 

@@ -143,7 +143,10 @@ def _line(title: str, row: _Row, i: int) -> Line:
 
 def _manipulated(run: Run, condition: Condition, i: int) -> Cell:
     shown = run.shown[condition.name]
-    wanted = shown.wanted_maps[i] if condition.name != run.clean.name else None
+    wanted: Tensor | None = shown.wanted_maps[i]
+    # The truth is beside it already; a lie that leaves pixels open is no picture.
+    if torch.equal(shown.wanted_maps[i], shown.reference_maps[i]) or bool(wanted.isnan().any()):
+        wanted = None
     label = int(shown.wanted_labels[i])
     return _cell(run, shown.images[i], shown.maps[i], shown.predicted[i], i, label, wanted)
 
