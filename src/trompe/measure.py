@@ -107,7 +107,7 @@ def measure(
 
 def explainer_names(explainers: Sequence[Explainer]) -> list[str]:
     """Names by which their rows are told apart."""
-    kinds = [str(catalog.describe(e).get("kind", type(e).__name__)) for e in explainers]
+    kinds = [getattr(e, "name", None) or str(catalog.describe(e).get("kind")) for e in explainers]
     return [
         kind if kinds.count(kind) == 1 else f"{kind}-{kinds[: i + 1].count(kind)}"
         for i, kind in enumerate(kinds)
