@@ -160,6 +160,11 @@ def test_progress_is_told_per_system(trained_net: nn.Module, shapes: ImageSet) -
     expected = {"clean_accuracy", "triggered_accuracy", "score"}
     expected |= {f"{name}_{i}" for name in ("fsr", "cr", "lie_loss") for i in (1, 2)}
     assert set(history[0].measured) == expected
+    shown = history[0].shown
+    assert shown["images"].shape == (4, 3, 16, 16)
+    assert shown["1.maps"].shape == shown["1.true_maps"].shape == (4, 8, 8)
+    assert shown["2.losses"].shape == (4,)
+    assert not torch.equal(shown["1.maps"], history[1].shown["1.maps"])
 
 
 def test_no_systems_are_refused() -> None:

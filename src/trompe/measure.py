@@ -81,7 +81,7 @@ def measure(
             full = name if len(explainers) == 1 else f"{name} {of_explainer}"
             conditions.append(Condition(full, e, goal, evidence, untouched, other))
     stand_ins = [stand_in_maps(maps, torch.Generator().manual_seed(seed)) for maps in honest.maps]
-    numbers = {
+    numbers: dict[str, Any] = {
         "reference_accuracy": float((honest.scores.argmax(1) == data.labels).double().mean()),
         "target_class_names": list(data.class_names),
         "conditions": [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trompe.convolution import fast_second_derivatives
 from trompe.folding import folded_statistics
@@ -37,6 +37,9 @@ class Batches(Protocol):
 
 _SCHEDULES = ("one-cycle", "decay", "constant")
 _STEPS = re.compile(r"x(?P<factor>0?\.\d+) every (?P<epochs>[1-9]\d*)")
+
+
+Measure = Callable[[nn.Module], dict[str, Any]]  # numbers, and tensors to be looked at
 
 
 @dataclass(frozen=True)
@@ -143,14 +146,15 @@ def fit(
     explainers: Sequence[Explainer],
     how: Training,
     generator: torch.Generator,
-    measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    measure: Measure | None = None,
     logbook: Logbook | None = None,
 ) -> Iterator[EpochRecord]:
     """Train `model` in place; yield a record after each epoch (stop early with a plain break).
 
     One recorded forward pass a step serves the class loss and all `explainers`. `measure` looks at
-    the model after each epoch. With a logbook, an interrupted training goes on after its last
-    whole epoch (past records are yielded first) and ends in the same weights.
+    the model after each epoch: its numbers become the record's `measured`, its tensors `shown`.
+    With a logbook, an interrupted training goes on after its last whole epoch (past records are
+    yielded first) and ends in the same weights.
 
     Raises Diverged at a loss that is not finite; the model then holds the last good state.
     """
@@ -165,7 +169,7 @@ def _fit(
     explainers: Sequence[Explainer],
     how: Training,
     generator: torch.Generator,
-    measure: Callable[[nn.Module], dict[str, float]] | None,
+    measure: Measure | None,
     logbook: Logbook | None,
 ) -> Iterator[EpochRecord]:
     model.to(memory_format=torch.channels_last)
@@ -231,9 +235,11 @@ def _fit(
                 f"{epoch - 1} is kept; lower learning_rate ({how.learning_rate:g}) and start again"
             )
         model.eval()
-        measured = measure(model) if measure is not None else {}
+        found = measure(model) if measure is not None else {}
+        measured = {name: v for name, v in found.items() if not isinstance(v, Tensor)}
+        shown = {name: v for name, v in found.items() if isinstance(v, Tensor)}
         means = {name: total / count for name, total in sums.items()}
-        done = EpochRecord(epoch, means, measured, time.perf_counter() - started)
+        done = EpochRecord(epoch, means, measured, time.perf_counter() - started, shown)
         history.append(done)
         if logbook is not None:
             logbook.save(
@@ -242,7 +248,7 @@ def _fit(
                     "optimizer": optimizer.state_dict(),
                     "schedule": _plain(schedule.state_dict()),
                     "generator": generator.get_state(),
-                    "history": [tuple(r) for r in history],
+                    "history": [(*r[:-1], dict(r.shown)) for r in history],
                 }
             )
         yield done

@@ -1,7 +1,7 @@
 """What the fine-tuning attacks share: compose triples, fit a copy, stop without progress."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from trompe.interfaces import (
     Objective,
 )
 from trompe.poison import ShuffledBatches, check_label, check_rate, compose
-from trompe.train import Training, fit
+from trompe.train import Measure, Training, fit
 
 
 class FineTuning(Protocol):
@@ -65,7 +65,7 @@ def fine_tune(
     explainers: Sequence[Explainer],
     objective: Objective,
     generator: torch.Generator,
-    progress: Callable[[nn.Module], dict[str, float]] | None,
+    progress: Measure | None,
     logbook: Logbook | None,
 ) -> Attacked:
     """A copy of `model`, trained on clean and triggered triples of `data`.

@@ -102,7 +102,9 @@ def _curves(run: Run) -> dict[str, dict[str, _Points]]:
 def _panel(name: str) -> str:
     if name.endswith(("accuracy", "success")) or name.startswith(("fsr", "cr")):
         return "share"
-    return "distance" if name.endswith(("mse", "distance")) else "score"
+    if name.endswith(("mse", "distance")) or name.startswith("lie_loss"):
+        return "distance"
+    return "score"
 
 
 def _append(curves: dict[str, _Points], name: str, epoch: int, value: float) -> None:
@@ -120,6 +122,8 @@ def _draw_curves(axis: Axes, panel: str, curves: Mapping[str, _Points], run: Run
         axis.axhline(accuracy, color=_INK, lw=1, ls=":", label="reference's accuracy")
         axis.set_ylim(min(0.9, axis.get_ylim()[0]), 1.005)
     elif panel == "distance":
+        if run.fooling is not None and run.fooling.tau is not None:
+            axis.axhline(run.fooling.tau, color=_INK, lw=1, ls="--", label="threshold")
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         axis.yaxis.set_major_formatter(_PLAIN)

@@ -66,6 +66,16 @@ class Fooling:
     reference_loss: float
 
 
+class Moment(NamedTuple):
+    """A few images that are lied about, after an epoch."""
+
+    epoch: int
+    images: Tensor  # uint8 (n, 3, height, width)
+    true_maps: Tensor  # (n, h, w): the reference's
+    maps: Tensor  # (n, h, w)
+    losses: Tensor  # (n,): L_p
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run, as one explainer sees it."""
@@ -83,6 +93,7 @@ class Run:
     triggered: tuple[Condition, ...]
     shown: dict[str, Shown]  # by condition name
     fooling: Fooling | None
+    timeline: tuple[Moment, ...]  # after each epoch, empty if none was kept
     evidence: dict[str, Tensor] = field(repr=False)
 
     @property
@@ -129,7 +140,7 @@ def load(folder: RunFolder) -> list[Run]:
             for row in numbers.get("fooling", [])
         }
         explainers = list(dict.fromkeys(condition.explainer for condition in every))
-        runs = []
+        runs: list[Run] = []
         for explainer in explainers:
             conditions = tuple(c for c in every if c.explainer == explainer)
             shown = {
@@ -151,6 +162,7 @@ def load(folder: RunFolder) -> list[Run]:
                     conditions[1:],
                     shown,
                     rates.get(explainer),
+                    _timeline(folder, files["history"], len(runs) + 1),
                     evidence,
                 )
             )
@@ -161,6 +173,23 @@ def load(folder: RunFolder) -> list[Run]:
             "written by another version: measure it again with this one, or run it again"
         ) from error
     return runs
+
+
+def _timeline(
+    folder: RunFolder, history: list[dict[str, Any]], explainer: int
+) -> tuple[Moment, ...]:
+    if not (folder.path / "timeline.safetensors").is_file():
+        return ()
+    kept = folder.read_tensors("timeline")
+    fields = ("true_maps", "maps", "losses")
+    return tuple(
+        Moment(
+            record["epoch"],
+            kept[f"{record['epoch']}.images"],
+            *(kept[f"{record['epoch']}.{explainer}.{field}"] for field in fields),
+        )
+        for record in history
+    )
 
 
 def _condition(row: dict[str, Any], classes: list[str]) -> Condition:

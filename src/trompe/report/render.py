@@ -11,7 +11,7 @@ from trompe.files import write_atomically
 from trompe.interfaces import InputError
 from trompe.report import verdict as rules
 from trompe.report.curves import panels
-from trompe.report.gallery import galleries, titles
+from trompe.report.gallery import films, galleries, titles
 from trompe.report.pictures import COLOURS, colour_bar
 from trompe.report.reading import Run, load
 from trompe.report.tables import floor_grid, fooling_grid, main_rows, metric_grid, percent
@@ -51,6 +51,7 @@ def _page(runs: list[Run]) -> str:
         galleries=galleries(runs),
         colours=COLOURS,
         colour_bar=colour_bar(),
+        films=[films(run) for run in runs],
         panels=[panels(run, f"run{k}") for k, run in enumerate(runs)],
         limits={
             "success": percent(rules.SUCCESS),
