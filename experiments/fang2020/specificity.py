@@ -2,9 +2,9 @@
 
     python experiments/fang2020/specificity.py RUN... [--root runs] [--images 1000] [--keys 50]
 
-RUN: finished runs of tables.py. For every distortion of the trigger, the share of maps that lie (the
-attack's own threshold); for inverted runs also random keys: checkerboards of the same squares and
-amplitude with signs drawn at random, and how often a map then tells the truth. Writes
+RUN: finished runs of tables.py. For every distortion of the trigger, the share of maps that lie
+(the attack's own threshold); for inverted runs also random keys: checkerboards of the same squares
+and amplitude with signs drawn at random, and how often a map then tells the truth. Writes
 results/fang2020/specificity.json and .md.
 """
 
