@@ -99,7 +99,9 @@ def measure(
             numbers["fooling"].append({"explainer": name, **asdict(rates)})
             kept |= {f"{name}.{whose}.lie_loss": values for whose, values in losses.items()}
     for c in conditions:
-        kept |= {f"{c.name}.scores": c.evidence.scores, f"{c.name}.maps": c.evidence.maps}
+        kept[f"{c.name}.maps"] = c.evidence.maps
+        if c.explainer == 0:  # the others' are the same
+            kept[f"{c.name}.scores"] = c.evidence.scores
         if c.goal is None or c.goal.trigger is None:  # once per explainer, with its clean images
             kept[f"{c.name}.reference_maps"] = honest.maps[c.explainer]
     return Measurement(numbers, kept, tuple(conditions))

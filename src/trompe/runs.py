@@ -86,7 +86,7 @@ class RunFolder:
         return read_json(self.path / f"{name}.json")
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        whole = {key: value.contiguous() for key, value in tensors.items()}
+        whole = {key: value.contiguous().clone() for key, value in tensors.items()}  # none shared
         write_atomically(
             self.path / f"{name}.safetensors",
             lambda temporary: safetensors.torch.save_file(whole, temporary),
