@@ -22,6 +22,7 @@ from torchvision.io import ImageReadMode, decode_image, encode_jpeg
 from torchvision.transforms.functional import gaussian_blur
 
 import trompe
+from trompe.attacks.saliency_backdoors import SaliencyBackdoors
 from trompe.evaluate import answers
 from trompe.experiment import Silent, set_up
 from trompe.files import write_atomically, write_json
@@ -77,7 +78,7 @@ def through_size(share: float) -> Callable[[Tensor], Tensor]:
 
 def shifted(trigger: Checkerboard, by: int, size: tuple[int, int]) -> Pattern:
     pattern = trigger(torch.full((1, 1, *size), 0.5))[0, 0] - 0.5
-    return Pattern(pattern.roll((by, by), (0, 1)))
+    return Pattern(pattern.roll(by, 1))
 
 
 def random_key(trigger: Checkerboard, size: tuple[int, int], dice: torch.Generator) -> Pattern:
@@ -94,7 +95,7 @@ def variants(trigger: Checkerboard, size: tuple[int, int]) -> dict[str, Trigger 
         "the trigger": trigger,
         "half amplitude": half,
         "shifted by half a square": shifted(trigger, trigger.square // 2, size),
-        "inverted (shifted by a square)": shifted(trigger, trigger.square, size),
+        "shifted by a square (sign changed)": shifted(trigger, trigger.square, size),
         **{f"JPEG {q}": Then(trigger, jpeg(q)) for q in (90, 75, 50)},
         "blurred (sigma 1)": Then(trigger, lambda images: gaussian_blur(images, [5, 5], [1.0])),
         "resized to 3/4 and back": Then(trigger, through_size(0.75)),
@@ -111,11 +112,16 @@ def visibility(trigger: Trigger, images: Tensor) -> tuple[float, float]:
 
 def look_at(path: Path, root: Path, device: Any, images: int, keys: int) -> list[dict[str, Any]]:
     folder = trompe.RunFolder(path)
+    folder.read("numbers")  # says so if the run has not finished
     experiment = trompe.read_experiment(folder.read("spec"), str(path))
     attack: Any = experiment.attack
+    if not isinstance(attack, SaliencyBackdoors) or None in attack.thresholds:
+        raise trompe.InputError(
+            f"run {path}: has no systems with a threshold tau; nothing to count"
+        )
     scene = set_up(experiment, root, device, Silent())
     model = trompe.load_model(path)[0].to(device)
-    every = max(1, len(scene.reporting) // images)
+    every = -(-len(scene.reporting) // images)
     data = scene.reporting.subset(torch.arange(0, len(scene.reporting), every))
     honest = answers(scene.reference, attack.explainers, data, None, attack.explained)
     lies = [s.lie(maps) for s, maps in zip(attack.systems, honest.maps, strict=True)]

@@ -66,10 +66,13 @@ def measure(
     seen = []
     for name, goal in _conditions(attacked.goals):
         trigger = None if goal is None else goal.trigger
-        given, untouched, other = (
+        given, other = (
             answers(model, explainers, data, trigger, explained)
-            for model in (attacked.model, reference, witness)
+            for model in (attacked.model, witness)
         )
+        untouched = honest
+        if trigger is not None:
+            untouched = answers(reference, explainers, data, trigger, explained)
         seen.append((name, goal, given, untouched, other))
     conditions = []
     for e, of_explainer in enumerate(explainer_names(explainers)):

@@ -8,6 +8,8 @@
 | history.json        | per epoch: mean loss terms, what was measured, seconds               |
 | evidence.safetensors| scores and maps per condition: metrics can be computed again         |
 | gallery.safetensors | a few images and their maps, for the report                          |
+| timeline.safetensors| maps of a few images after each epoch, where the attack keeps them   |
+| classes.json        | the classes' names                                                   |
 | model.safetensors   | the manipulated model, with model.json                               |
 | checkpoint.pt       | while training: the state after the last whole epoch                 |
 """

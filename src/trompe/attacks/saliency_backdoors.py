@@ -98,6 +98,10 @@ class SaliencyBackdoors:
                     f'systems[{i}].explainer.normalise = "none": maps and lies are compared as '
                     'they are, so set it to "max" or "min-max"'
                 )
+            if isinstance(system.lie, Reference):
+                raise InputError(
+                    f"systems[{i}].lie: is the reference's own map, which is the truth"
+                )
         check(self)
 
     @property
@@ -131,7 +135,7 @@ class SaliencyBackdoors:
         selection: ImageSet | None = None,
         logbook: Logbook | None = None,
     ) -> Attacked:
-        check_goals(self.goals, data)
+        check_goals(self.goals, data, len(self.explainers))
         shares = tuple(system.share for system in self.systems)
         objective = CleanAndPoisoned(
             self.alpha, self.beta, shares, self.inverted, self.distill or 1.0

@@ -102,9 +102,13 @@ def titles(runs: Sequence[Run]) -> list[str]:
         [f"{run.name}, seed {run.seed}" for run in runs],
     )
     return [
-        next((way[i] for way in (short, seeded, long) if way.count(way[i]) == 1), run.path.name)
+        next((way[i] for way in (short, seeded, long) if way.count(way[i]) == 1), _last_resort(run))
         for i, run in enumerate(runs)
     ]
+
+
+def _last_resort(run: Run) -> str:
+    return run.path.name if run.alone else f"{run.path.name} · {run.explainer}"
 
 
 def _share(one: Run, other: Run) -> bool:
