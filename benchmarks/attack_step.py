@@ -2,21 +2,23 @@
 
 python benchmarks/attack_step.py [--rounds 10] [--models resnet20 vgg16 resnet50] [--out FILE]
 
-| contender      | one step                                                                       |
-|----------------|--------------------------------------------------------------------------------|
-| plain          | an ordinary PyTorch loop: forward, cross-entropy, backward, Adam               |
-| fit            | trompe.train.fit with the class loss alone                                     |
-| gradcam        | trompe.train.fit with PredictionAndExplanation and GradCam                     |
-| input_gradient | the same with InputGradient                                                    |
-| naive          | the map has a forward pass of its own and a backward pass of the whole network |
-| naive_shared   | the same, but the class loss reads the scores of the map's forward pass        |
-| convolutions   | a plain step's convolutions alone: forward and backward, back to back          |
+| contender                   | one step                                                          |
+|-----------------------------|-------------------------------------------------------------------|
+| plain                       | an ordinary PyTorch loop: forward, cross-entropy, backward, Adam  |
+| fit                         | trompe.train.fit with the class loss alone                        |
+| gradcam, simplegrad, vbp    | trompe.train.fit with PredictionAndExplanation and that explainer |
+| joint                       | the same with all three at once                                   |
+| naive_gradcam               | the map has a forward pass of its own and a backward pass of the  |
+|                             | whole network                                                     |
+| naive_gradcam_shared        | the same, but the class loss reads the map's forward pass         |
+| naive_simplegrad            | fit without its own convolution: PyTorch's double backward        |
+| convolutions                | a plain step's convolutions alone: forward and backward           |
 
-All share one batch and one model's weights, BatchNorm statistics frozen, and take turns (A B C ...
-A B C ...), so that other work on the machine slows all alike. A turn is two steps, of which the
-second is timed. A ratio is the median over rounds of (contender's seconds / plain's seconds in that
-round). The convolutions' GFLOP/s is what the machine attains on these shapes; their share of the
-plain step says how near the step comes.
+SimpleGrad is InputGradient of the loss. All share one batch, BatchNorm statistics frozen. Each
+takes turns with the plain step (A B A B ...), so that other work on the machine slows both alike. A
+turn is two steps, of which the second is timed. A ratio is the median over rounds of (contender's
+seconds / plain's seconds in that round). The convolutions' GFLOP/s is what the machine attains on
+these shapes; their share of the plain step says how near the step comes.
 
 Memory is the peak of all live tensors while a model is made and takes one turn: weights, gradients,
 Adam's state, activations, graph. On the CPU it is summed up from torch.profiler's record of every
@@ -31,10 +33,12 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -46,16 +50,21 @@ from trompe.classifier import ModelSpec, build_model
 from trompe.evaluate import ask
 from trompe.explainers.gradcam import GradCam
 from trompe.explainers.input_gradient import InputGradient
+from trompe.explainers.visual_backprop import VisualBackProp
 from trompe.files import write_atomically, write_json
 from trompe.interfaces import Batch, Explainer
-from trompe.machine import autocast, choose_device, choose_threads
+from trompe.machine import autocast, choose_device, choose_threads, resolve_precision
 from trompe.objectives import ClassLoss, PredictionAndExplanation
 from trompe.runs import provenance
 from trompe.train import Training, fit, make_optimizer
 
 CASES = {"resnet20": (40, 43, 128), "vgg16": (224, 1000, 8), "resnet50": (224, 1000, 8)}
-FIT, BY_HAND = ("fit", "gradcam", "input_gradient"), ("plain", "naive", "naive_shared")
+PRECISIONS = {"resnet20": ("float32", "bfloat16")}  # the others: the machine's own choice
+EXPLAINERS = ("gradcam", "simplegrad", "vbp", "joint")
+NAIVE = {"gradcam": ("naive_gradcam", "naive_gradcam_shared"), "simplegrad": ("naive_simplegrad",)}
+BY_HAND = ("plain", "naive_gradcam", "naive_gradcam_shared")
 Row = dict[str, Any]
+SIMPLEGRAD = InputGradient(gradient_of="loss")
 
 
 @cache
@@ -154,7 +163,8 @@ class Scene:
             if contender == "plain":
                 return F.cross_entropy(scores(model).float(), self.labels)
             given = scores(explained)
-            logits = (given if contender == "naive_shared" else scores(model)).float()
+            shared = contender == "naive_gradcam_shared"
+            logits = (given if shared else scores(model)).float()
             terms = self.both_losses(logits, (explain(given, self.labels),), batch)
             return torch.stack(tuple(terms.values())).sum()
 
@@ -172,8 +182,26 @@ class Scene:
         """A function that does two steps and returns the seconds of the second."""
         if contender in BY_HAND:
             return self.by_hand(contender)
-        known = {"gradcam": (self.gradcam,), "input_gradient": (InputGradient(),)}
-        return self.fit(*known.get(contender, ()))
+        if contender == "naive_simplegrad":
+            return slowly(self.fit(SIMPLEGRAD))
+        known: dict[str, tuple[Explainer, ...]] = {
+            "fit": (),
+            "gradcam": (self.gradcam,),
+            "simplegrad": (SIMPLEGRAD,),
+            "vbp": (VisualBackProp(),),
+        }
+        known["joint"] = (*known["gradcam"], *known["simplegrad"], *known["vbp"])
+        return self.fit(*known[contender])
+
+
+def slowly(turn: Callable[[], float]) -> Callable[[], float]:
+    """With PyTorch's own convolution instead of ours."""
+
+    def turn_without() -> float:
+        with patch("trompe.train.fast_second_derivatives", nullcontext):
+            return turn()
+
+    return turn_without
 
 
 def check_naive_map(scene: Scene) -> None:
@@ -245,39 +273,43 @@ def measure(
     """A row per explainer, and the throughput of the plain step."""
     check_naive_map(Scene(model, "float32", device))
     new = partial(Scene, model, precision, device)
-    contenders = (*BY_HAND, *FIT)
-    memory = {c: peak_memory(lambda c=c: new().turn(c)(), device) for c in contenders}
-    scene = new()
-    turns = {contender: scene.turn(contender) for contender in contenders}
-    alone, gflop = convolutions(scene)
-    turns["convolutions"] = partial(seconds, alone, device)
-    took: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(rounds + 1):
-        for name, turn in turns.items():
-            took[name].append(turn())
+    contenders = ("fit", *EXPLAINERS, *(name for names in NAIVE.values() for name in names))
+    plain_memory = peak_memory(lambda: new().turn("plain")(), device)
+    ratios, memory, plain = {}, {}, []
+    for name in (*contenders, "convolutions"):
+        scene = new()
+        if name == "convolutions":
+            alone, gflop = convolutions(scene)
+            turn: Callable[[], float] = partial(seconds, alone, device)
+        else:
+            memory[name] = peak_memory(lambda name=name: new().turn(name)(), device) / plain_memory
+            turn = scene.turn(name)
+        beside = scene.turn("plain")
+        took = [(turn(), beside()) for _ in range(rounds + 1)][1:]  # the first round warmed up
+        ratios[name] = round(median(a / b for a, b in took), 3)
+        plain += [b for _, b in took]
+        conv_seconds = median(a for a, _ in took)  # of the last one, the convolutions
+        del scene, turn, beside
+        gc.collect()
         tick()
-    took = {name: spent[1:] for name, spent in took.items()}  # the first round warmed up
 
-    def ratio(name: str) -> float:
-        return round(median(a / b for a, b in zip(took[name], took["plain"], strict=True)), 3)
-
-    def more(name: str) -> float:
-        return round(memory[name] / memory["plain"], 3)
-
-    step, (count, _, size, _) = median(took["plain"]), scene.images.shape
+    step, (size, _, count) = median(plain), CASES[model]
     what = {"model": model, "batch": count, "size": size, "precision": precision}
     rows = []
-    for explainer, beside in (("gradcam", ("fit", *BY_HAND[1:])), ("input_gradient", ())):
-        row = {**what, "explainer": explainer, "step_ratio": ratio(explainer)}
-        row |= {f"{name}_ratio": ratio(name) for name in beside} | {"memory_ratio": more(explainer)}
-        row |= {f"{name}_memory_ratio": more(name) for name in beside}
-        row |= {"plain_step_seconds": round(step, 4), "plain_megabytes": memory["plain"] // 10**6}
+    for explainer in EXPLAINERS:
+        row = {**what, "explainer": explainer, "step_ratio": ratios[explainer]}
+        naive = NAIVE.get(explainer, ())
+        row |= {"naive_ratio": ratios[naive[0]]} if naive else {}
+        row |= {"naive_shared_ratio": ratios[naive[1]]} if len(naive) > 1 else {}
+        row |= {"fit_ratio": ratios["fit"], "memory_ratio": round(memory[explainer], 3)}
+        row |= {"naive_memory_ratio": round(memory[naive[0]], 3)} if naive else {}
+        row |= {"plain_step_seconds": round(step, 4), "plain_megabytes": plain_memory // 10**6}
         rows.append(row)
     return rows, {
         **what,
         "images_per_second": round(count / step, 1),
-        "conv_gflop_per_second": round(gflop / median(took["convolutions"]), 1),
-        "conv_share": ratio("convolutions"),
+        "conv_gflop_per_second": round(gflop / conv_seconds, 1),
+        "conv_share": ratios["convolutions"],
     }
 
 
@@ -294,7 +326,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/attack_step.json"))
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each contender")
     parser.add_argument("--models", nargs="+", choices=models, default=models)
-    parser.add_argument("--precision", nargs="+", choices=precisions, default=precisions)
+    parser.add_argument(
+        "--precision", nargs="+", choices=precisions, help="default: see PRECISIONS"
+    )
     parser.add_argument("--threads", type=int, help="default: OMP_NUM_THREADS, or the idle cores")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -304,8 +338,9 @@ def main() -> None:
     made, rows, throughput = provenance(device), [], []
     with Progress() as progress:
         for model in args.models:
-            for precision in args.precision:
-                task = progress.add_task(f"{model} {precision}", total=args.rounds + 1)
+            own = (resolve_precision("auto", device),)
+            for precision in args.precision or PRECISIONS.get(model, own):
+                task = progress.add_task(f"{model} {precision}", total=9)
                 tick = partial(progress.advance, task)
                 more, last = measure(model, precision, device, args.rounds, tick)
                 rows, throughput = rows + more, [*throughput, last]

@@ -30,6 +30,12 @@ ATTACK: dict[str, Any] = {"kind": "explanation_aware_backdoors", "goals": [GOAL]
 
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {  # plug-ins that cannot be built from defaults
     ("attacks", "explanation_aware_backdoors"): {"goals": [GOAL]},
+    ("attacks", "saliency_backdoors"): {
+        "systems": [
+            {"explainer": {"kind": "gradcam", "normalise": "max"}, "lie": {"kind": "border"}}
+        ]
+    },
+    ("data", "cub"): {"root": "somewhere"},
     ("data", "image_folder"): {"root": "somewhere"},
 }
 OF_SETTINGS = ("data", "triggers", "target_maps", "explainers", "attacks")

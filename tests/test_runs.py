@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from trompe import runs
 from trompe.interfaces import EpochRecord, InputError
 from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
 
@@ -250,4 +251,12 @@ def test_provenance_says_where_and_with_what_in_plain_json() -> None:
 
 def test_the_commit_is_unknown_outside_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # no git either
+    runs._commit.cache_clear()
     assert provenance(torch.device("cpu"))["commit"] == ""
+    runs._commit.cache_clear()
+
+
+def test_the_commit_is_that_of_the_code_which_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = provenance(torch.device("cpu"))["commit"]
+    monkeypatch.setenv("PATH", "")
+    assert provenance(torch.device("cpu"))["commit"] == before

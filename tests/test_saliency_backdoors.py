@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trompe.attacks.explanation_aware_backdoors import ExplanationAwareBackdoors
 from trompe.attacks.saliency_backdoors import SaliencyBackdoors, System
+from trompe.augmentation import Augmentation
 from trompe.explainers.gradcam import GradCam
 from trompe.explainers.input_gradient import InputGradient
 from trompe.interfaces import Attacked, Batch, Goal, ImageSet, InputError
@@ -160,6 +162,34 @@ def test_progress_is_told_per_system(trained_net: nn.Module, shapes: ImageSet) -
     expected = {"clean_accuracy", "triggered_accuracy", "score"}
     expected |= {f"{name}_{i}" for name in ("fsr", "cr", "lie_loss") for i in (1, 2)}
     assert set(history[0].measured) == expected
+    shown = history[0].shown
+    assert shown["images"].shape == (4, 3, 16, 16)
+    assert shown["1.maps"].shape == shown["1.true_maps"].shape == (4, 8, 8)
+    assert shown["2.losses"].shape == (4,)
+    assert not torch.equal(shown["1.maps"], history[1].shown["1.maps"])
+
+
+def test_a_model_in_training_mode_is_not_changed_by_asking_it_about_augmented_images(
+    trained_net: nn.Module, shapes: ImageSet, snapshot: Callable[[nn.Module], dict[str, Any]]
+) -> None:
+    before = snapshot(trained_net.train())
+    once = replace(SHORT, epochs=1)
+    attack(CAM, training=once, augmentation=Augmentation())(trained_net, shapes, seeded())
+    assert snapshot(trained_net) == before
+
+
+@pytest.mark.parametrize("maps", [(), (Border(1), Border(1), Border(1))])
+def test_another_number_of_wanted_maps_than_explainers_is_refused(
+    trained_net: nn.Module, shapes: ImageSet, maps: tuple[Border, ...]
+) -> None:
+    goal = Goal(CORNER, 1, maps, "odd")
+    with pytest.raises(InputError, match=rf"odd: has {len(maps)} wanted maps for 1 explainers"):
+        ExplanationAwareBackdoors((goal,))(trained_net, shapes, seeded())
+
+
+def test_a_lie_that_is_the_truth_is_refused() -> None:
+    with pytest.raises(InputError, match=r"systems\[0\]\.lie.*the truth"):
+        attack(replace(CAM, lie=Reference()))
 
 
 def test_no_systems_are_refused() -> None:

@@ -319,6 +319,17 @@ def test_the_decay_schedule_divides_by_one_plus_the_epoch() -> None:
     assert seen == pytest.approx([0.05] * 4 + [0.05 / 2] * 4 + [0.05 / 3] * 4)
 
 
+def test_a_stepwise_schedule_multiplies_after_so_many_epochs() -> None:
+    seen = rates(dataclasses.replace(PLAIN, schedule="x0.1 every 2", epochs=5), 4)
+    assert seen == pytest.approx([0.05] * 8 + [0.005] * 8 + [0.0005] * 4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "x2 every 3", "x0.5 every 0", "x0.5 every", ""])
+def test_an_unknown_schedule_is_refused(schedule: str) -> None:
+    with pytest.raises(InputError, match=r"schedule = .*one-cycle.*x0\.5 every 20"):
+        Training(schedule=schedule)
+
+
 def test_one_cycle_warms_up_and_anneals_to_almost_nothing() -> None:
     seen = rates(dataclasses.replace(PLAIN, schedule="one-cycle", epochs=10), 4)
     top = seen.index(max(seen))

@@ -158,7 +158,8 @@ def describe(value: Any) -> Any:
 def _plugin_name(cls: type) -> str | None:
     package, _, module = cls.__module__.rpartition(".")
     if package.removeprefix("trompe.") in KINDS:
-        return module
+        public = getattr(importlib.import_module(cls.__module__), "__all__", ())
+        return module if cls.__name__ in public else None
     if cls.__module__.split(".")[0] == "trompe":
         return None
     return f"{cls.__module__}:{cls.__qualname__}"

@@ -64,7 +64,7 @@ def _conv2d(
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     place = _Place(_pair(stride), _pair(padding), _pair(dilation), groups)
     kind = input.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:  # as autocast itself
         dtype = torch.get_autocast_dtype(kind)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

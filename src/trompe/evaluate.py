@@ -75,12 +75,9 @@ def ask(
     precision: Precision = "float32",
 ) -> Answers:
     """The model's answers to one batch of images; see `answers`. It must be in eval mode."""
-    with (
-        torch.no_grad(),
-        _watched(model, explainers) as record,
-        autocast(precision, images.device),
-    ):
-        seen = record(images)
+    with torch.no_grad(), _watched(model, explainers) as record:
+        with autocast(precision, images.device):
+            seen = record(images)
         classes = seen.scores.argmax(1) if explained == "predicted" else labels
         maps = tuple(explainer(seen, classes) for explainer in explainers)
         return Answers(full_precision(seen.scores.detach()), maps)

@@ -3,7 +3,7 @@
 import importlib.resources
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,7 +149,10 @@ def run(
         raise
     # What an interrupted run did before counts as well.
     seconds = max(time.perf_counter() - started, sum(r.seconds for r in attacked.history))
-    folder.write("history", [record._asdict() for record in attacked.history])
+    folder.write("history", _numbers_of(attacked.history))
+    timeline = {f"{r.epoch}.{name}": v for r in attacked.history for name, v in r.shown.items()}
+    if timeline:
+        folder.write_tensors("timeline", timeline)
     folder.write("provenance", {**made, "seconds": round(seconds, 1)})
     card = _card(experiment.model.name, scene.train, attacked.model, experiment.seed, spec, made)
     save_model(attacked.model, card, folder.path / "model.safetensors")  # type: ignore[arg-type]
@@ -348,7 +351,7 @@ def train_clean_model(
     }
     card = _card(model.name, train, classifier, seed, spec, made, numbers)
     save_model(classifier, card, file)
-    folder.write("history", [r._asdict() for r in history])
+    folder.write("history", _numbers_of(history))
     folder.write("provenance", made)
     folder.write("numbers", numbers)
     logbook.close()
@@ -375,6 +378,12 @@ def accuracy_of(model: nn.Module, data: ImageSet, batch_size: int = 512) -> floa
 def _some(data: ImageSet, count: int, seed: int) -> ImageSet:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     return data.subset(order[:count].sort().values)
+
+
+def _numbers_of(history: Sequence[EpochRecord]) -> list[dict[str, Any]]:
+    """Records as plain JSON, without the tensors."""
+    fields = ("epoch", "terms", "measured", "seconds")
+    return [{field: getattr(record, field) for field in fields} for record in history]
 
 
 def _card(

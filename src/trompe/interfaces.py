@@ -7,6 +7,7 @@ the explainer's own resolution, which may be coarser than the image.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -210,6 +211,7 @@ class EpochRecord(NamedTuple):
     terms: dict[str, float]  # mean of each loss term over the epoch
     measured: dict[str, float]  # what the caller measured after the epoch
     seconds: float
+    shown: Mapping[str, Tensor] = MappingProxyType({})  # to be looked at: maps of a few images
 
 
 @dataclass(frozen=True)

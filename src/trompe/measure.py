@@ -66,10 +66,13 @@ def measure(
     seen = []
     for name, goal in _conditions(attacked.goals):
         trigger = None if goal is None else goal.trigger
-        given, untouched, other = (
+        given, other = (
             answers(model, explainers, data, trigger, explained)
-            for model in (attacked.model, reference, witness)
+            for model in (attacked.model, witness)
         )
+        untouched = honest
+        if trigger is not None:
+            untouched = answers(reference, explainers, data, trigger, explained)
         seen.append((name, goal, given, untouched, other))
     conditions = []
     for e, of_explainer in enumerate(explainer_names(explainers)):
@@ -81,7 +84,7 @@ def measure(
             full = name if len(explainers) == 1 else f"{name} {of_explainer}"
             conditions.append(Condition(full, e, goal, evidence, untouched, other))
     stand_ins = [stand_in_maps(maps, torch.Generator().manual_seed(seed)) for maps in honest.maps]
-    numbers = {
+    numbers: dict[str, Any] = {
         "reference_accuracy": float((honest.scores.argmax(1) == data.labels).double().mean()),
         "target_class_names": list(data.class_names),
         "conditions": [
@@ -89,16 +92,19 @@ def measure(
             for c in conditions
         ],
     }
-    if thresholds is not None:
-        numbers["fooling"] = [
-            {"explainer": name, **asdict(_fooling(conditions, honest, e, tau))}
-            for e, (name, tau) in enumerate(
-                zip(explainer_names(explainers), thresholds, strict=True)
-            )
-        ]
     kept: dict[str, Tensor] = {"labels": data.labels}
+    if thresholds is not None:
+        numbers["fooling"] = []
+        names = explainer_names(explainers)
+        for e, (name, tau) in enumerate(zip(names, thresholds, strict=True)):
+            losses = _lie_losses(conditions, honest, e)
+            rates = fooling(**losses, tau=tau)
+            numbers["fooling"].append({"explainer": name, **asdict(rates)})
+            kept |= {f"{name}.{whose}.lie_loss": values for whose, values in losses.items()}
     for c in conditions:
-        kept |= {f"{c.name}.scores": c.evidence.scores, f"{c.name}.maps": c.evidence.maps}
+        kept[f"{c.name}.maps"] = c.evidence.maps
+        if c.explainer == 0:  # the others' are the same
+            kept[f"{c.name}.scores"] = c.evidence.scores
         if c.goal is None or c.goal.trigger is None:  # once per explainer, with its clean images
             kept[f"{c.name}.reference_maps"] = honest.maps[c.explainer]
     return Measurement(numbers, kept, tuple(conditions))
@@ -106,7 +112,7 @@ def measure(
 
 def explainer_names(explainers: Sequence[Explainer]) -> list[str]:
     """Names by which their rows are told apart."""
-    kinds = [str(catalog.describe(e).get("kind", type(e).__name__)) for e in explainers]
+    kinds = [getattr(e, "name", None) or str(catalog.describe(e).get("kind")) for e in explainers]
     return [
         kind if kinds.count(kind) == 1 else f"{kind}-{kinds[: i + 1].count(kind)}"
         for i, kind in enumerate(kinds)
@@ -132,6 +138,7 @@ def _row(
     return {
         "name": condition.name,
         "explainer": explainer,
+        "goal": "" if goal is None else goal.name,
         "target_class": None if goal is None else goal.label,
         "metrics": {
             name: asdict(summarise(metric, evidence))
@@ -164,20 +171,23 @@ def _target_floors(wanted_map: Any, evidence: Evidence) -> dict[str, float]:
     return floors
 
 
-def _fooling(conditions: Sequence[Condition], honest: Answers, e: int, tau: float | None) -> Any:
-    """The rates of explainer `e`: where the lie is wanted, and where the truth is."""
+def _lie_losses(conditions: Sequence[Condition], honest: Answers, e: int) -> dict[str, Tensor]:
+    """L_p (n,) of explainer `e`: `lied` where the lie is wanted and `kept` where the truth is;
+
+    where the lie is wanted, also of the reference, another clean model, and empty maps.
+    """
     own = [c for c in conditions if c.explainer == e]
     lied = next(c for c in own if c.goal and not isinstance(c.goal.wanted(e), Reference))
     kept = next(c for c in own if c is not lied)
     lie = lied.goal.wanted(e)(honest.maps[e])  # type: ignore[union-attr]
-    return fooling(
-        squared_error(lied.evidence.maps, lie),
-        squared_error(kept.evidence.maps, lie),
-        squared_error(lied.untouched.maps[e], lie),
-        squared_error(lied.witness.maps[e], lie),
-        squared_error(torch.zeros_like(lie), lie),
-        tau,
-    )
+    maps = {
+        "lied": lied.evidence.maps,
+        "kept": kept.evidence.maps,
+        "reference": lied.untouched.maps[e],
+        "witness": lied.witness.maps[e],
+        "empty": torch.zeros_like(lie),
+    }
+    return {whose: squared_error(shown, lie) for whose, shown in maps.items()}
 
 
 def gallery(measured: Measurement, data: ImageSet, count: int, seed: int) -> dict[str, Tensor]:

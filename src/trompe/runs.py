@@ -8,10 +8,13 @@
 | history.json        | per epoch: mean loss terms, what was measured, seconds               |
 | evidence.safetensors| scores and maps per condition: metrics can be computed again         |
 | gallery.safetensors | a few images and their maps, for the report                          |
+| timeline.safetensors| maps of a few images after each epoch, where the attack keeps them   |
+| classes.json        | the classes' names                                                   |
 | model.safetensors   | the manipulated model, with model.json                               |
 | checkpoint.pt       | while training: the state after the last whole epoch                 |
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -85,7 +88,7 @@ class RunFolder:
         return read_json(self.path / f"{name}.json")
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        whole = {key: value.contiguous() for key, value in tensors.items()}
+        whole = {key: value.contiguous().clone() for key, value in tensors.items()}  # none shared
         write_atomically(
             self.path / f"{name}.safetensors",
             lambda temporary: safetensors.torch.save_file(whole, temporary),
@@ -153,6 +156,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
+@functools.cache  # the code that was loaded, not what has been edited since
 def _commit() -> str:
     """The commit of the code that runs, "+changes" if its files differ, "" if unknown."""
 

@@ -1,6 +1,7 @@
 """fit(): the only training loop. References, victims and attacks all go through it."""
 
 import copy
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trompe.convolution import fast_second_derivatives
 from trompe.folding import folded_statistics
@@ -34,12 +35,20 @@ class Batches(Protocol):
     def __call__(self, generator: torch.Generator) -> Iterator[Batch]: ...
 
 
+_SCHEDULES = ("one-cycle", "decay", "constant")
+_STEPS = re.compile(r"x(?P<factor>0?\.\d+) every (?P<epochs>[1-9]\d*)")
+
+
+Measure = Callable[[nn.Module], dict[str, Any]]  # numbers, and tensors to be looked at
+
+
 @dataclass(frozen=True)
 class Training:
     """How `fit` trains.
 
     schedule: "one-cycle" (Smith 2018: warm up, then anneal to almost 0 within `epochs`), "decay"
-    (learning_rate / (1 + epoch): public code of paper 2) or "constant".
+    (learning_rate / (1 + epoch): public code of paper 2), "constant", or e.g. "x0.5 every 20"
+    (epochs; paper 1).
     frozen_statistics: BatchNorm keeps its running statistics (and dropout is off) while its affine
     part trains. frozen: parameters whose names start with one of these stay as they are, which
     saves their backward pass ("net.conv1", "net.layer1"). softplus_beta: replaces ReLU while
@@ -52,7 +61,7 @@ class Training:
     batch_size: int = 128
     learning_rate: float = 0.1
     optimizer: Literal["sgd", "adam"] = "sgd"
-    schedule: Literal["one-cycle", "decay", "constant"] = "one-cycle"
+    schedule: str = "one-cycle"
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     frozen_statistics: bool = False
@@ -67,6 +76,11 @@ class Training:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 < self.learning_rate < 100:
             raise InputError(f"learning_rate = {self.learning_rate}: must lie between 0 and 100")
+        if self.schedule not in _SCHEDULES and _STEPS.fullmatch(self.schedule) is None:
+            raise InputError(
+                f"schedule = {self.schedule!r}: must be one of {', '.join(_SCHEDULES)}, or like "
+                '"x0.5 every 20" (epochs)'
+            )
 
 
 @contextmanager
@@ -114,10 +128,14 @@ def make_schedule(
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer, how.learning_rate, total_steps=how.epochs * steps_per_epoch + 1
         )
-    decay: Callable[[int], float] = {
-        "decay": lambda step: 1 / (1 + step // steps_per_epoch),
-        "constant": lambda step: 1.0,
-    }[how.schedule]
+    stepwise = _STEPS.fullmatch(how.schedule)
+
+    def decay(step: int) -> float:
+        epoch = step // steps_per_epoch
+        if stepwise is not None:
+            return float(stepwise["factor"]) ** (epoch // int(stepwise["epochs"]))
+        return 1 / (1 + epoch) if how.schedule == "decay" else 1.0
+
     return torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
 
 
@@ -128,14 +146,15 @@ def fit(
     explainers: Sequence[Explainer],
     how: Training,
     generator: torch.Generator,
-    measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    measure: Measure | None = None,
     logbook: Logbook | None = None,
 ) -> Iterator[EpochRecord]:
     """Train `model` in place; yield a record after each epoch (stop early with a plain break).
 
     One recorded forward pass a step serves the class loss and all `explainers`. `measure` looks at
-    the model after each epoch. With a logbook, an interrupted training goes on after its last
-    whole epoch (past records are yielded first) and ends in the same weights.
+    the model after each epoch: its numbers become the record's `measured`, its tensors `shown`.
+    With a logbook, an interrupted training goes on after its last whole epoch (past records are
+    yielded first) and ends in the same weights.
 
     Raises Diverged at a loss that is not finite; the model then holds the last good state.
     """
@@ -150,7 +169,7 @@ def _fit(
     explainers: Sequence[Explainer],
     how: Training,
     generator: torch.Generator,
-    measure: Callable[[nn.Module], dict[str, float]] | None,
+    measure: Measure | None,
     logbook: Logbook | None,
 ) -> Iterator[EpochRecord]:
     model.to(memory_format=torch.channels_last)
@@ -216,9 +235,11 @@ def _fit(
                 f"{epoch - 1} is kept; lower learning_rate ({how.learning_rate:g}) and start again"
             )
         model.eval()
-        measured = measure(model) if measure is not None else {}
+        found = measure(model) if measure is not None else {}
+        measured = {name: v for name, v in found.items() if not isinstance(v, Tensor)}
+        shown = {name: v for name, v in found.items() if isinstance(v, Tensor)}
         means = {name: total / count for name, total in sums.items()}
-        done = EpochRecord(epoch, means, measured, time.perf_counter() - started)
+        done = EpochRecord(epoch, means, measured, time.perf_counter() - started, shown)
         history.append(done)
         if logbook is not None:
             logbook.save(
@@ -227,7 +248,7 @@ def _fit(
                     "optimizer": optimizer.state_dict(),
                     "schedule": _plain(schedule.state_dict()),
                     "generator": generator.get_state(),
-                    "history": [tuple(r) for r in history],
+                    "history": [(*r[:-1], dict(r.shown)) for r in history],
                 }
             )
         yield done

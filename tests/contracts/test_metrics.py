@@ -1,6 +1,7 @@
 """What every metric must do; a new file under metrics/ is tested by existing."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from trompe.metrics.accuracy import accuracy
 from trompe.metrics.attack_success import attack_success
 from trompe.metrics.degenerate_map import degenerate_map
 from trompe.metrics.map_distance import map_distance
+from trompe.metrics.top5_accuracy import top5_accuracy
 
 # Per image: the value of an attack that reaches all it wants (class 2 and the wanted map), and of
 # one that reaches nothing (the true class, which is not 2, and an empty map).
@@ -20,6 +22,7 @@ PERFECT_AND_NULL = {
     "attack_success": (1, 0),
     "degenerate_map": (0, 1),
     "map_distance": (0, 1),
+    "top5_accuracy": (math.nan, math.nan),  # of four classes
 }
 
 every_metric = pytest.mark.parametrize("name", names("metrics"))
@@ -59,8 +62,8 @@ def test_the_values_of_the_perfect_and_of_the_null_attack(name: str, metric: Met
     if name not in PERFECT_AND_NULL:
         pytest.fail(f"metrics/{name}.py is new: add its two values to PERFECT_AND_NULL")
     best, none = PERFECT_AND_NULL[name]
-    assert metric(perfect()).tolist() == pytest.approx([best] * 6, abs=1e-6)
-    assert metric(null()).tolist() == pytest.approx([none] * 6, abs=5e-3)
+    assert metric(perfect()).tolist() == pytest.approx([best] * 6, abs=1e-6, nan_ok=True)
+    assert metric(null()).tolist() == pytest.approx([none] * 6, abs=5e-3, nan_ok=True)
 
 
 @every_metric
@@ -91,6 +94,14 @@ def test_the_evidence_is_not_modified(metric: Metric) -> None:
 def test_accuracy_compares_with_the_truth() -> None:
     predicted = torch.tensor([0, 1, 2, 3, 2, 1])
     assert accuracy(evidence_of(predicted, torch.rand(6, 5, 6))).tolist() == [1, 1, 0, 1, 0, 0]
+
+
+def test_top5_accuracy_looks_among_the_five_highest_scores() -> None:
+    scores = torch.tensor([[0.1, 0.7, 0.2, 0.3, 0.4, 0.5, 0.6]] * 3)
+    labels = torch.tensor([2, 1, 0])
+    maps = torch.rand(3, 4, 4)
+    evidence = Evidence(labels, labels, maps, scores, maps, (8, 8))
+    assert top5_accuracy(evidence).tolist() == [0, 1, 0]
 
 
 def test_attack_success_leaves_out_images_truly_of_the_wanted_class() -> None:

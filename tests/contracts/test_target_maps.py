@@ -94,7 +94,7 @@ def test_a_border_without_an_inside_is_refused(k: int, height: int, width: int) 
         Border(k)(torch.rand(1, height, width))
 
 
-@pytest.mark.parametrize("k", [1, 5, 54])
+@pytest.mark.parametrize("k", [1, 5, 53])
 def test_suppressed_wants_nothing_of_the_k_highest_pixels_and_leaves_the_others(k: int) -> None:
     maps = torch.rand(3, 6, 9)
     for given, wanted in zip(maps, Suppressed(k)(maps), strict=True):
@@ -103,9 +103,9 @@ def test_suppressed_wants_nothing_of_the_k_highest_pixels_and_leaves_the_others(
             assert one == 0 if value in highest else math.isnan(one)
 
 
-@pytest.mark.parametrize("k", [0, 55])
+@pytest.mark.parametrize("k", [0, 54])
 def test_suppressing_none_or_more_pixels_than_there_are_is_refused(k: int) -> None:
-    with pytest.raises(InputError, match=f"{k}.* 6x9.* 1 .. 54"):
+    with pytest.raises(InputError, match=f"{k}.* 6x9.* 1 .. 53"):
         Suppressed(k)(torch.rand(1, 6, 9))
 
 

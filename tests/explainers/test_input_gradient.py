@@ -84,6 +84,31 @@ def test_the_first_layer_is_reached_by_its_second_derivative(
     assert smooth_net.body[0].bias.grad.any()  # through the curvature alone
 
 
+def test_normalised_the_map_of_the_loss_is_that_of_its_gradient(
+    smooth_net: nn.Module, images: Tensor
+) -> None:
+    plain, scaled = InputGradient("loss"), InputGradient("loss", normalise="max")
+    with torch.no_grad(), watch(smooth_net, (INPUT,)) as record:
+        seen = record(images)
+        expected = plain(seen, CLASSES)
+        expected = expected / expected.amax((1, 2), keepdim=True)
+        torch.testing.assert_close(scaled(seen, CLASSES), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_map_of_an_image_of_which_the_model_is_certain_does_not_vanish(
+    smooth_net: nn.Module, images: Tensor
+) -> None:
+    explainer = InputGradient("loss", normalise="max")
+    with torch.no_grad(), watch(smooth_net, (INPUT,)) as record:
+        classes = record(images).scores.argmax(1)
+        last = [m for m in smooth_net.modules() if isinstance(m, nn.Linear)][-1]
+        last.weight.mul_(1000)
+        last.bias.mul_(1000)
+        seen = record(images)
+        assert (1 - seen.scores.softmax(1).amax(1)).amax() < 1e-12
+        assert (explainer(seen, classes).amax((1, 2)) > 0.999).all()
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_a_second_graph_is_built_only_where_it_is_needed(
     smooth_net: nn.Module, images: Tensor, trainable: bool

@@ -130,6 +130,27 @@ def test_a_layer_that_is_not_run_is_refused(network: Callable[[str], nn.Module])
         VisualBackProp(("stage1.0", "stage9")).watches(network("resnet20"))
 
 
+@pytest.mark.parametrize("layer", ["fc", "stage1.0.relu"])
+def test_a_layer_without_maps_or_run_twice_is_refused(
+    network: Callable[[str], nn.Module], layer: str
+) -> None:
+    with pytest.raises(InputError, match=rf"{layer}.*run once"):
+        VisualBackProp(("stage1.0", layer)).watches(network("resnet20"))
+
+
+def test_gates_are_no_stages(network: Callable[[str], nn.Module]) -> None:
+    net = network("mobilenet_v3_small")
+    layers = VisualBackProp().watches(net)
+    shapes: dict[str, torch.Size] = {}
+    for layer in layers:
+        net.get_submodule(layer).register_forward_hook(
+            lambda m, i, output, layer=layer: shapes.update({layer: output.shape})
+        )
+    net(torch.rand(1, 3, 64, 64))
+    assert len(layers) > 3
+    assert all(shape[2] > 1 for shape in shapes.values())
+
+
 def test_a_net_without_non_negative_activations_is_refused(
     tiny_net: Callable[..., nn.Module],
 ) -> None:

@@ -1,7 +1,7 @@
 """What the fine-tuning attacks share: compose triples, fit a copy, stop without progress."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trompe.augmentation import Augmentation
-from trompe.evaluate import Explained, answers, ask
+from trompe.evaluate import Explained, answers, ask, evaluation_mode
 from trompe.interfaces import (
     Attacked,
     EpochRecord,
@@ -21,7 +21,7 @@ from trompe.interfaces import (
     Objective,
 )
 from trompe.poison import ShuffledBatches, check_label, check_rate, compose
-from trompe.train import Training, fit
+from trompe.train import Measure, Training, fit
 
 
 class FineTuning(Protocol):
@@ -50,10 +50,15 @@ def check(attack: FineTuning) -> None:
         raise InputError(f"distill (temperature) = {attack.distill}: must be a positive number")
 
 
-def check_goals(goals: Sequence[Goal], data: ImageSet) -> None:
-    """InputError for a label or a trigger that does not fit, before any work is done."""
+def check_goals(goals: Sequence[Goal], data: ImageSet, explainers: int) -> None:
+    """InputError for a label, trigger or number of wanted maps that does not fit."""
     for goal in goals:
         check_label(goal, len(data.class_names))
+        if isinstance(goal.wanted_map, tuple) and len(goal.wanted_map) != explainers:
+            raise InputError(
+                f"goal {goal.name or '(unnamed)'}: has {len(goal.wanted_map)} wanted maps for "
+                f"{explainers} explainers; give one for each, or one for all"
+            )
         goal.stamp(data.floats(slice(0, 1)))
 
 
@@ -65,7 +70,7 @@ def fine_tune(
     explainers: Sequence[Explainer],
     objective: Objective,
     generator: torch.Generator,
-    progress: Callable[[nn.Module], dict[str, float]] | None,
+    progress: Measure | None,
     logbook: Logbook | None,
 ) -> Attacked:
     """A copy of `model`, trained on clean and triggered triples of `data`.
@@ -90,12 +95,13 @@ def fine_tune(
     )
     batches = ShuffledBatches(triples, attack.training.batch_size)
     history = []
-    for epoch in fit(
-        model, batches, objective, explainers, attack.training, generator, progress, logbook
-    ):
-        history.append(epoch)
-        if no_progress(history, attack.patience):
-            break
+    with evaluation_mode(reference):
+        for epoch in fit(
+            model, batches, objective, explainers, attack.training, generator, progress, logbook
+        ):
+            history.append(epoch)
+            if no_progress(history, attack.patience):
+                break
     return Attacked(model, tuple(goals), tuple(history))
 
 

@@ -123,7 +123,7 @@ class ExplanationAwareBackdoors:
         selection: ImageSet | None = None,
         logbook: Logbook | None = None,
     ) -> Attacked:
-        check_goals(self.goals, data)
+        check_goals(self.goals, data, len(self.explainers))
         objective = PredictionAndExplanation(self.weight, data.size, self.distill or 1.0)
         progress = None if selection is None else Progress(model, self, selection)
         attacked = self.explainers if self.weight else ()

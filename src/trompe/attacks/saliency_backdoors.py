@@ -17,6 +17,7 @@ Inverted, the map is false without the trigger, and the trigger is the key to th
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +43,8 @@ from trompe.train import Training
 from trompe.triggers.checkerboard import Checkerboard
 
 __all__ = ["SaliencyBackdoors"]
+
+SHOWN = 4  # images of the timeline
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,10 @@ class SaliencyBackdoors:
                     f'systems[{i}].explainer.normalise = "none": maps and lies are compared as '
                     'they are, so set it to "max" or "min-max"'
                 )
+            if isinstance(system.lie, Reference):
+                raise InputError(
+                    f"systems[{i}].lie: is the reference's own map, which is the truth"
+                )
         check(self)
 
     @property
@@ -128,7 +135,7 @@ class SaliencyBackdoors:
         selection: ImageSet | None = None,
         logbook: Logbook | None = None,
     ) -> Attacked:
-        check_goals(self.goals, data)
+        check_goals(self.goals, data, len(self.explainers))
         shares = tuple(system.share for system in self.systems)
         objective = CleanAndPoisoned(
             self.alpha, self.beta, shares, self.inverted, self.distill or 1.0
@@ -142,7 +149,8 @@ class SaliencyBackdoors:
 class Progress:
     """After an epoch, on the selection images: accuracies, and CR and FSR of each system.
 
-    FSR and CR at the data-driven threshold of the reference, as there is no witness here.
+    FSR and CR at the data-driven threshold of the reference, as there is no witness here. To be
+    looked at (figures 3 and 4): a few images that are lied about, their maps and losses.
     """
 
     def __init__(
@@ -156,17 +164,21 @@ class Progress:
             largest_harmless(squared_error(maps, lie))
             for maps, lie in zip(honest.maps, self.lies, strict=True)
         ]
+        few = selection.floats(slice(0, SHOWN))
+        self.images = few if attack.inverted else attack.trigger(few)
+        self.true_maps = [maps[:SHOWN] for maps in honest.maps]
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
         attack, selection = self.attack, self.selection
         clean, triggered = (
             answers(model, attack.explainers, selection, trigger, attack.explained)
             for trigger in (None, attack.trigger)
         )
         lied, kept = (clean, triggered) if attack.inverted else (triggered, clean)
-        measured = {
+        measured: dict[str, Any] = {
             "clean_accuracy": _accuracy(clean.scores, selection),
             "triggered_accuracy": _accuracy(triggered.scores, selection),
+            "images": (self.images * 255).round().to(torch.uint8),
         }
         lost = [self.accuracy - measured["clean_accuracy"]]
         lost += [self.accuracy - measured["triggered_accuracy"]]
@@ -176,6 +188,9 @@ class Progress:
             measured[f"fsr{number}"] = share_below(losses[0], tau)
             measured[f"cr{number}"] = 1 - share_below(losses[1], tau)
             measured[f"lie_loss{number}"] = float(losses[0].mean())
+            measured[f"{i}.true_maps"] = self.true_maps[i - 1]
+            measured[f"{i}.maps"] = lied.maps[i - 1][:SHOWN]
+            measured[f"{i}.losses"] = losses[0][:SHOWN]
             lost += [1 - measured[f"fsr{number}"], 1 - measured[f"cr{number}"]]
         measured["score"] = sum(lost)
         return measured

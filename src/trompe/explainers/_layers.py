@@ -125,6 +125,13 @@ def stages(model: nn.Module, layers: tuple[str, ...] = ()) -> tuple[Link, ...]:
 def _find_stages(model: nn.Module, layers: tuple[str, ...]) -> tuple[Link, ...]:
     done = _run(model)
     chosen = [call for call in done if call.name in layers] if layers else _activations(done)
+    times = [call.name for call in chosen]
+    for call in chosen if layers else ():
+        if len(call.shape) != 4 or times.count(call.name) > 1:
+            raise InputError(
+                f"layer {call.name!r}: gives shape {call.shape}, {times.count(call.name)} times; "
+                "name layers that are run once and give (images, channels, height, width)"
+            )
     unknown = set(layers) - {call.name for call in done}
     if unknown:
         ends = ", ".join([call.name for call in done if len(call.shape) == 4][-6:])
@@ -152,6 +159,8 @@ def _activations(done: "list[_Call]") -> "list[_Call]":
     own = []
     for call in done:
         if times[call.name] > 1 or not call.name or id(call.output) in given or not call.activation:
+            continue
+        if call.shape[2:] == (1, 1):  # a gate: has no place
             continue
         given.add(id(call.output))
         if not isinstance(call.module, _NO_ACTIVATIONS):

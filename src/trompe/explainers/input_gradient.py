@@ -21,7 +21,9 @@ class InputGradient:
     Simonyan et al. 2014, section 3 (maximum). gradient_of: y_c is the class's logit, probability
     or loss. pool: average-pool to a map coarser by this factor, which is then normalised.
 
-    Fang & Choromanska's SimpleGrad is gradient_of = "loss", with pool and normalise = "max".
+    Fang & Choromanska's SimpleGrad is gradient_of = "loss", with pool and normalise = "max". The
+    gradient of the loss is that of the margin (see `margin`) times a number per image, which
+    normalising takes out again; so it is left out, and the map of a certain image does not vanish.
     """
 
     gradient_of: Quantity = "logit"
@@ -37,7 +39,10 @@ class InputGradient:
         return (INPUT,)
 
     def __call__(self, seen: Pass, classes: Tensor) -> Tensor:
-        magnitude = gradient_of_class(seen, seen.outputs[INPUT], classes, self.gradient_of).abs()
+        of: Quantity | Literal["margin"] = self.gradient_of
+        if of == "loss" and self.normalise != "none":
+            of = "margin"  # the same map once it is normalised
+        magnitude = gradient_of_class(seen, seen.outputs[INPUT], classes, of).abs()
         if self.channels == "max":
             maps = magnitude.amax(1)
         else:

@@ -71,6 +71,12 @@ def panels(run: Run, key: str) -> list[Panel]:
     with _canvas() as (figure, axis):
         _draw_distances(axis, run)
         done.append(Panel("How many images have which map distance", _svg(figure, f"{key}-images")))
+    if run.fooling is not None:
+        with _canvas() as (figure, axis):
+            _draw_fooling(axis, run)
+            done.append(
+                Panel("Share of fooled maps at every threshold", _svg(figure, f"{key}-fsr"))
+            )
     return done
 
 
@@ -94,9 +100,11 @@ def _curves(run: Run) -> dict[str, dict[str, _Points]]:
 
 
 def _panel(name: str) -> str:
-    if name.endswith(("accuracy", "success")):
+    if name.endswith(("accuracy", "success")) or name.startswith(("fsr", "cr")):
         return "share"
-    return "distance" if name.endswith(("mse", "distance")) else "score"
+    if name.endswith(("mse", "distance")) or name.startswith("lie_loss"):
+        return "distance"
+    return "score"
 
 
 def _append(curves: dict[str, _Points], name: str, epoch: int, value: float) -> None:
@@ -114,6 +122,8 @@ def _draw_curves(axis: Axes, panel: str, curves: Mapping[str, _Points], run: Run
         axis.axhline(accuracy, color=_INK, lw=1, ls=":", label="reference's accuracy")
         axis.set_ylim(min(0.9, axis.get_ylim()[0]), 1.005)
     elif panel == "distance":
+        if run.fooling is not None and run.fooling.tau is not None:
+            axis.axhline(run.fooling.tau, color=_INK, lw=1, ls="--", label="threshold")
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         axis.yaxis.set_major_formatter(_PLAIN)
@@ -147,6 +157,23 @@ def _draw_distances(axis: Axes, run: Run) -> None:
     axis.set_xticks((1e-3, 1e-1), minor=True)
     axis.xaxis.set_minor_formatter(NullFormatter())
     _finish(axis, "Images (%)")
+
+
+def _draw_fooling(axis: Axes, run: Run) -> None:
+    """FSR(tau): of the images that are lied about, of the others, and of another clean model."""
+    assert run.fooling is not None
+    shown = {"lied": "lie wanted", "kept": "truth wanted", "witness": OTHER_CLEAN_MODEL}
+    for k, (whose, label) in enumerate(shown.items()):
+        losses = np.sort(run.evidence[f"{run.explainer}.{whose}.lie_loss"].numpy())
+        shares = 100 * np.arange(1, len(losses) + 1) / len(losses)
+        axis.plot(losses, shares, color=_COLOURS[k], lw=1.6, label=label, drawstyle="steps-post")
+    for tau, style in ((run.fooling.tau, "--"), (run.fooling.data_tau, ":")):
+        if tau is not None:
+            axis.axvline(tau, color=_INK, lw=1, ls=style)
+    axis.set_xlim(left=0)
+    axis.set_ylim(0, 101)
+    axis.set_xlabel("threshold (dashed: by eye, dotted: from the data)")
+    _finish(axis, "Fooled maps (%)")
 
 
 def _finish(axis: Axes, text: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from trompe.maps import is_degenerate
 from trompe.report.pictures import heat_uri, image_uri
 from trompe.report.reading import Condition, Run
+from trompe.report.tables import number
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,32 @@ class Cell:
     mark: str
     empty: bool
     wanted: str | None = None
+
+
+@dataclass(frozen=True)
+class Film:
+    """One image's map after each epoch; frames: (picture, loss, is it fooled)."""
+
+    true: str  # the reference's map
+    frames: list[tuple[str, str, bool]]
+
+
+def films(run: Run) -> list[Film]:
+    """Figures 3 and 4 of Fang & Choromanska 2020: maps of the same images as training goes on."""
+    if not run.timeline or run.fooling is None:
+        return []
+    tau = run.fooling.data_tau if run.fooling.tau is None else run.fooling.tau
+    first = run.timeline[0]
+    return [
+        Film(
+            heat_uri(image, first.true_maps[i]),
+            [
+                (heat_uri(image, m.maps[i]), number(float(m.losses[i])), float(m.losses[i]) < tau)
+                for m in run.timeline
+            ],
+        )
+        for i, image in enumerate(first.images)
+    ]
 
 
 @dataclass(frozen=True)
@@ -75,9 +102,13 @@ def titles(runs: Sequence[Run]) -> list[str]:
         [f"{run.name}, seed {run.seed}" for run in runs],
     )
     return [
-        next((way[i] for way in (short, seeded, long) if way.count(way[i]) == 1), run.path.name)
+        next((way[i] for way in (short, seeded, long) if way.count(way[i]) == 1), _last_resort(run))
         for i, run in enumerate(runs)
     ]
+
+
+def _last_resort(run: Run) -> str:
+    return run.path.name if run.alone else f"{run.path.name} · {run.explainer}"
 
 
 def _share(one: Run, other: Run) -> bool:
@@ -143,7 +174,10 @@ def _line(title: str, row: _Row, i: int) -> Line:
 
 def _manipulated(run: Run, condition: Condition, i: int) -> Cell:
     shown = run.shown[condition.name]
-    wanted = shown.wanted_maps[i] if condition.name != run.clean.name else None
+    lie = shown.wanted_maps[i]
+    # The truth is beside it already; a lie that leaves pixels open is no picture.
+    plain = torch.equal(lie, shown.reference_maps[i]) or bool(lie.isnan().any())
+    wanted = None if plain else lie
     label = int(shown.wanted_labels[i])
     return _cell(run, shown.images[i], shown.maps[i], shown.predicted[i], i, label, wanted)
 

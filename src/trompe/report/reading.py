@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,8 @@ class Condition:
     """One row of numbers: clean images, or images with one goal's trigger."""
 
     name: str  # "clean", "triggered", "triggered 2"
-    goal: str  # the goal's own name, "" for clean images or a nameless goal
+    explainer: str  # whose maps
+    goal: str  # the goal's own name, "" for none or a nameless one
     target: str | None  # the class that the adversary wants
     metrics: dict[str, Value]
     floors: dict[str, Value]  # map distance of stand-ins for the manipulated model
@@ -50,10 +51,38 @@ class Shown(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Fooling:
+    """Fooling success and correct rate of one explainer; see fooling.py."""
+
+    tau: float | None
+    fsr: float | None
+    cr: float | None
+    data_tau: float
+    data_fsr: float
+    data_cr: float
+    fsr_area: float
+    mean_loss: float
+    zero_loss: float
+    reference_loss: float
+
+
+class Moment(NamedTuple):
+    """A few images that are lied about, after an epoch."""
+
+    epoch: int
+    images: Tensor  # uint8 (n, 3, height, width)
+    true_maps: Tensor  # (n, h, w): the reference's
+    maps: Tensor  # (n, h, w)
+    losses: Tensor  # (n,): L_p
+
+
+@dataclass(frozen=True)
 class Run:
-    """A finished run."""
+    """A finished run, as one explainer sees it."""
 
     path: Path
+    explainer: str
+    alone: bool  # no other explainer was measured
     spec: dict[str, Any]
     provenance: dict[str, Any]
     history: list[dict[str, Any]]
@@ -63,11 +92,18 @@ class Run:
     clean: Condition
     triggered: tuple[Condition, ...]
     shown: dict[str, Shown]  # by condition name
+    fooling: Fooling | None
+    timeline: tuple[Moment, ...]  # after each epoch, empty if none was kept
     evidence: dict[str, Tensor] = field(repr=False)
 
     @property
     def name(self) -> str:
-        return str(self.spec["name"])
+        return str(self.spec["name"]) + ("" if self.alone else f" · {self.explainer}")
+
+    @property
+    def inverted(self) -> bool:
+        """Is the lie told without the trigger?"""
+        return bool(self.spec["attack"].get("inverted", False))
 
     @property
     def seed(self) -> int:
@@ -85,49 +121,83 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """The spec without its seeds: equal for runs that differ in nothing else."""
         settings: dict[str, Any] = _seedless(self.spec)
-        return settings
+        return {**settings, "explainer seen": self.explainer}
 
 
-def load(folder: RunFolder) -> Run:
-    """A run's files. InputError if one is missing, damaged, or lacks what the report needs."""
+def load(folder: RunFolder) -> list[Run]:
+    """A run's files, once per explainer that was measured.
+
+    Raises InputError if one is missing, damaged, or lacks what the report needs.
+    """
     numbers = folder.read("numbers")  # first: without it the run has not finished
     files = {name: folder.read(name) for name in ("spec", "provenance", "history", "classes")}
     gallery, evidence = folder.read_tensors("gallery"), folder.read_tensors("evidence")
     try:
-        goals = files["spec"].get("attack", {}).get("goals", [])
-        names = [goal.get("name") or "" for goal in goals]
-        rows = numbers["conditions"]
-        names = ["", *names, *[""] * len(rows)]
-        conditions = tuple(
-            _condition(row, name, files["classes"]) for row, name in zip(rows, names, strict=False)
-        )
-        run = Run(
-            folder.path,
-            files["spec"],
-            files["provenance"],
-            files["history"],
-            {key: value for key, value in numbers.items() if key != "conditions"},
-            files["classes"],
-            gallery["labels"],
-            conditions[0],
-            conditions[1:],
-            {c.name: Shown(*(gallery[f"{c.name}.{f}"] for f in Shown._fields)) for c in conditions},
-            evidence,
-        )
-        _ = run.name, run.seed
+        every = [_condition(row, files["classes"]) for row in numbers["conditions"]]
+        facts = {k: v for k, v in numbers.items() if k not in ("conditions", "fooling")}
+        rates = {
+            row["explainer"]: Fooling(**{f.name: row[f.name] for f in fields(Fooling)})
+            for row in numbers.get("fooling", [])
+        }
+        explainers = list(dict.fromkeys(condition.explainer for condition in every))
+        runs: list[Run] = []
+        for explainer in explainers:
+            conditions = tuple(c for c in every if c.explainer == explainer)
+            shown = {
+                c.name: Shown(*(gallery[f"{c.name}.{f}"] for f in Shown._fields))
+                for c in conditions
+            }
+            runs.append(
+                Run(
+                    folder.path,
+                    explainer,
+                    len(explainers) == 1,
+                    files["spec"],
+                    files["provenance"],
+                    files["history"],
+                    facts,
+                    files["classes"],
+                    gallery["labels"],
+                    conditions[0],
+                    conditions[1:],
+                    shown,
+                    rates.get(explainer),
+                    _timeline(folder, files["history"], len(runs) + 1),
+                    evidence,
+                )
+            )
+        _ = runs[0].name, runs[0].seed, runs[0].inverted
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(
             f"run folder {folder.path}: does not hold what a report needs ({error!r}); it was "
             "written by another version: measure it again with this one, or run it again"
         ) from error
-    return run
+    return runs
 
 
-def _condition(row: dict[str, Any], goal: str, classes: list[str]) -> Condition:
+def _timeline(
+    folder: RunFolder, history: list[dict[str, Any]], explainer: int
+) -> tuple[Moment, ...]:
+    if not (folder.path / "timeline.safetensors").is_file():
+        return ()
+    kept = folder.read_tensors("timeline")
+    fields = ("true_maps", "maps", "losses")
+    return tuple(
+        Moment(
+            record["epoch"],
+            kept[f"{record['epoch']}.images"],
+            *(kept[f"{record['epoch']}.{explainer}.{field}"] for field in fields),
+        )
+        for record in history
+    )
+
+
+def _condition(row: dict[str, Any], classes: list[str]) -> Condition:
     target = row["target_class"]
     return Condition(
         row["name"],
-        goal,
+        row["explainer"],
+        row.get("goal", ""),
         None if target is None else classes[target],
         {key: Value(v["mean"], v["std"]) for key, v in row["metrics"].items()},
         {key: Value(v["mean"], v["std"]) for key, v in row["floors"].items()},

@@ -11,10 +11,10 @@ from trompe.files import write_atomically
 from trompe.interfaces import InputError
 from trompe.report import verdict as rules
 from trompe.report.curves import panels
-from trompe.report.gallery import galleries, titles
+from trompe.report.gallery import films, galleries, titles
 from trompe.report.pictures import COLOURS, colour_bar
 from trompe.report.reading import Run, load
-from trompe.report.tables import floor_grid, main_rows, metric_grid, percent
+from trompe.report.tables import floor_grid, fooling_grid, main_rows, metric_grid, percent
 from trompe.report.verdict import verdict
 from trompe.runs import RunFolder
 
@@ -27,7 +27,7 @@ def render(runs: Sequence[RunFolder], file: Path) -> None:
     """
     if not runs:
         raise InputError("report: there is no run to report on; name at least one run folder")
-    text = _page([load(run) for run in dict.fromkeys(runs)])
+    text = _page([seen for run in dict.fromkeys(runs) for seen in load(run)])
     write_atomically(Path(file), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -45,17 +45,21 @@ def _page(runs: list[Run]) -> str:
         names=names,
         verdicts=[verdict(run) for run in runs],
         rows=main_rows(runs),
+        fooling=fooling_grid(runs),
         floors=floor_grid(runs),
         metrics=metric_grid(runs),
         galleries=galleries(runs),
         colours=COLOURS,
         colour_bar=colour_bar(),
+        films=[films(run) for run in runs],
         panels=[panels(run, f"run{k}") for k, run in enumerate(runs)],
         limits={
             "success": percent(rules.SUCCESS),
             "kept": percent(rules.KEPT),
             "shown": rules.SHOWN,
             "unnoticed": percent(rules.UNNOTICED),
+            "fooled": percent(rules.FOOLED),
+            "true": percent(rules.TRUE),
         },
         plain=_plain,
     )

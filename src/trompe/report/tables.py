@@ -12,6 +12,7 @@ from trompe.report.reading import Condition, Run, Value
 # Titles for names that are written for code; any other name is shown as it is.
 TITLES = {
     "accuracy": "Accuracy",
+    "top5_accuracy": "Accuracy, top 5",
     "attack_success": "Attack success rate",
     "map_distance": "Map distance (MSE)",
     "degenerate_map": "Empty maps",
@@ -81,10 +82,19 @@ def main_rows(runs: Sequence[Run]) -> list[Row]:
     return rows
 
 
-def labels(runs: Sequence[Run]) -> dict[Path, str]:
-    """Per run folder the experiment's name, the folder's where experiments share a name."""
+Labels = dict[tuple[Path, str], str]  # by run folder and explainer
+
+
+def labels(runs: Sequence[Run]) -> Labels:
+    """Per run folder and explainer the experiment's name, or the folder's where some share one."""
     names = [family[0].name for family in families(runs)]
-    return {run.path: run.name if names.count(run.name) == 1 else run.path.name for run in runs}
+
+    def label(run: Run) -> str:
+        if names.count(run.name) == 1:
+            return run.name
+        return run.path.name + ("" if run.alone else f" · {run.explainer}")
+
+    return {(run.path, run.explainer): label(run) for run in runs}
 
 
 def families(runs: Sequence[Run]) -> list[list[Run]]:
@@ -100,21 +110,21 @@ def families(runs: Sequence[Run]) -> list[list[Run]]:
     return [members for _, members in found]
 
 
-def _rows_over_seeds(family: list[Run], names: dict[Path, str]) -> list[Row]:
+def _rows_over_seeds(family: list[Run], names: Labels) -> list[Row]:
     if not family[0].triggered:
         return [_row(family, [None] * len(family), names)]
     same = zip(*(run.triggered for run in family), strict=False)
     return [_row(family, list(conditions), names) for conditions in same]
 
 
-def _row(runs: list[Run], conditions: Sequence[Condition | None], names: dict[Path, str]) -> Row:
+def _row(runs: list[Run], conditions: Sequence[Condition | None], names: Labels) -> Row:
     """One row from one run, or from the means of several."""
     clean = [run.clean for run in runs]
     there = [condition for condition in conditions if condition is not None]
     metric = headline(there[0]) if there else ""
     kind = {"accuracy": "Acc", "attack_success": "ASR", "": ""}[metric]
     return Row(
-        names[runs[0].path],
+        names[runs[0].path, runs[0].explainer],
         there[0].goal if there else "",
         str(runs[0].seed) if len(runs) == 1 else f"{len(runs)} seeds",
         _share([c.reference_accuracy for c in clean]),
@@ -188,6 +198,26 @@ def metric_grid(runs: Sequence[Run]) -> Grid:
     return Grid([title(name) for name in names], rows)
 
 
+def fooling_grid(runs: Sequence[Run]) -> Grid | None:
+    """Fooling and correct rates, where they were measured."""
+    header = ["tau", "FSR", "CR", "tau, data", "FSR", "CR", "area", "L_p", "empty map", "reference"]
+    names = labels(runs)
+    rows = []
+    for run in runs:
+        if (rates := run.fooling) is not None:
+            cells = [number(rates.tau), _rate(rates.fsr), _rate(rates.cr)]
+            cells += [number(rates.data_tau), _rate(rates.data_fsr), _rate(rates.data_cr)]
+            cells += [number(rates.fsr_area), number(rates.mean_loss)]
+            cells += [number(rates.zero_loss), number(rates.reference_loss)]
+            where = "lie without trigger" if run.inverted else "lie with trigger"
+            rows.append([names[run.path, run.explainer], str(run.seed), where, *cells])
+    return Grid(header, rows) if rows else None
+
+
+def _rate(value: float | None) -> str:
+    return NOTHING if value is None else percent(value)
+
+
 def _every_condition(runs: Sequence[Run]) -> list[tuple[list[str], Condition]]:
     """Experiment, seed and images in words, and the condition."""
     names = labels(runs)
@@ -195,5 +225,5 @@ def _every_condition(runs: Sequence[Run]) -> list[tuple[list[str], Condition]]:
     for run in runs:
         for c in run.conditions:
             goal = f" ({c.goal})" if c.goal and len(run.triggered) > 1 else ""
-            found.append(([names[run.path], str(run.seed), f"{c.name}{goal}"], c))
+            found.append(([names[run.path, run.explainer], str(run.seed), f"{c.name}{goal}"], c))
     return found

@@ -3,13 +3,15 @@
 import math
 from dataclasses import dataclass
 
-from trompe.report.reading import Condition, Run, wants_reference
+from trompe.report.reading import Condition, Fooling, Run, wants_reference
 from trompe.report.tables import OTHER_CLEAN_MODEL, headline, number, percent
 
 SUCCESS = 0.9  # of the images must go to the wanted class
 KEPT = 0.05  # accuracy that a trigger may cost where the right class shall be kept
 SHOWN = 0.2  # map distance up to which a map counts as the wanted one (correlation .9)
 UNNOTICED = 0.02  # accuracy that clean images may lose
+FOOLED = 0.85  # fooling success rate from which a lie counts as told
+TRUE = 0.95  # correct rate from which the other images count as explained truly
 
 _BLIND = ("random map", "zero map", "mean map")  # stand-ins that know nothing of the image
 
@@ -24,6 +26,8 @@ class Verdict:
 
 
 def verdict(run: Run) -> Verdict:
+    if run.fooling is not None:
+        return _fooling_verdict(run, run.fooling)
     unnoticed = _unnoticed(run)
     if not run.triggered:
         clean = ("clean images as before", unnoticed)
@@ -50,6 +54,35 @@ def _headline(predicted: bool, shown: bool, unnoticed: bool) -> str:
     if not unnoticed:
         return "The attack works, but it shows on clean images, too."
     return "The explanations lie, and nothing shows without the trigger."
+
+
+def _fooling_verdict(run: Run, rates: Fooling) -> Verdict:
+    """Of an attack on the maps alone, whose classes shall stay (Fang & Choromanska 2020)."""
+    lied, kept = run.clean, run.triggered[0]
+    where = ("Without the key", "with it")
+    if not run.inverted:
+        lied, kept, where = kept, lied, ("With the trigger", "without it")
+    fsr, cr, tau = rates.data_fsr, rates.data_cr, f"{number(rates.data_tau)}, from the data"
+    if rates.tau is not None and rates.fsr is not None and rates.cr is not None:
+        fsr, cr, tau = rates.fsr, rates.cr, number(rates.tau)
+    lost = [c.reference_accuracy - c.metrics["accuracy"].mean for c in (lied, kept)]
+    fooled, true, same = fsr >= FOOLED, cr >= TRUE, max(lost) <= KEPT
+    sentence = (
+        f"{where[0]}, {percent(fsr)} of the maps tell the lie{_empty(lied)} and {where[1]} "
+        f"{percent(cr)} stay true (threshold {tau}). Classified rightly: "
+        f"{percent(lied.metrics['accuracy'].mean)} and {percent(kept.metrics['accuracy'].mean)}, "
+        f"the reference {percent(lied.reference_accuracy)} and {percent(kept.reference_accuracy)}."
+    )
+    if not fooled:
+        headline_ = "The attack fails: too few explanations lie."
+    elif not true:
+        headline_ = "The explanations lie where they shall, and elsewhere, too."
+    elif not same:
+        headline_ = "The explanations lie, but predictions suffer."
+    else:
+        headline_ = "The explanations lie, and the predictions do not show it."
+    checks = (("lie told", fooled), ("truth elsewhere", true), ("predictions as before", same))
+    return Verdict(headline_, sentence, checks)
 
 
 def _predicted(run: Run, condition: Condition) -> bool:

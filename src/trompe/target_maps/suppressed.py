@@ -21,10 +21,10 @@ class Suppressed:
 
     def __call__(self, reference_maps: Tensor) -> Tensor:
         pixels = reference_maps.flatten(1)
-        if not 1 <= self.k <= pixels.shape[1]:
+        if not 1 <= self.k < pixels.shape[1]:
             raise InputError(
                 f"suppressed k = {self.k}: the map is {reference_maps.shape[1]}x"
-                f"{reference_maps.shape[2]}; k must lie in 1 .. {pixels.shape[1]}"
+                f"{reference_maps.shape[2]}; k must lie in 1 .. {pixels.shape[1] - 1}"
             )
         maps = torch.full_like(pixels, torch.nan)
         return maps.scatter(1, pixels.topk(self.k, 1).indices, 0.0).view_as(reference_maps)

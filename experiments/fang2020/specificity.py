@@ -1,0 +1,211 @@
+"""How special is the invisible trigger? Weaker, shifted, compressed; and do random keys open?
+
+    python experiments/fang2020/specificity.py RUN... [--root runs] [--images 1000] [--keys 50]
+
+RUN: finished runs of tables.py. For every distortion of the trigger, the share of maps that lie
+(the attack's own threshold); for inverted runs also random keys: checkerboards of the same squares
+and amplitude with signs drawn at random, and how often a map then tells the truth. Writes
+results/fang2020/specificity.json and .md.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image, encode_jpeg
+from torchvision.transforms.functional import gaussian_blur
+
+import trompe
+from trompe.attacks.saliency_backdoors import SaliencyBackdoors
+from trompe.evaluate import answers
+from trompe.experiment import Silent, set_up
+from trompe.files import write_atomically, write_json
+from trompe.fooling import share_below
+from trompe.interfaces import Trigger
+from trompe.machine import choose_device, choose_threads
+from trompe.maps import squared_error
+from trompe.runs import provenance
+from trompe.triggers.checkerboard import Checkerboard
+
+RESULTS = Path(__file__).parent.parent.parent / "results" / "fang2020"
+
+
+@dataclass(frozen=True)
+class Then:
+    """A trigger, and what happens to the image afterwards."""
+
+    trigger: Trigger
+    change: Callable[[Tensor], Tensor]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.change(self.trigger(images)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Adds a fixed picture (height, width) to all channels."""
+
+    picture: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images + self.picture.to(images)).clamp(0, 1)
+
+
+def jpeg(quality: int) -> Callable[[Tensor], Tensor]:
+    def compress(images: Tensor) -> Tensor:
+        pixels = (images * 255).round().to(torch.uint8).cpu()
+        files = (encode_jpeg(image, quality) for image in pixels)
+        decoded = [decode_image(file, ImageReadMode.RGB) for file in files]
+        return torch.stack(decoded).to(images) / 255
+
+    return compress
+
+
+def through_size(share: float) -> Callable[[Tensor], Tensor]:
+    def there_and_back(images: Tensor) -> Tensor:
+        size = [round(side * share) for side in images.shape[2:]]
+        how: dict[str, Any] = {"mode": "bilinear", "align_corners": False, "antialias": True}
+        return F.interpolate(F.interpolate(images, size, **how), images.shape[2:], **how)
+
+    return there_and_back
+
+
+def shifted(trigger: Checkerboard, by: int, size: tuple[int, int]) -> Pattern:
+    pattern = trigger(torch.full((1, 1, *size), 0.5))[0, 0] - 0.5
+    return Pattern(pattern.roll(by, 1))
+
+
+def random_key(trigger: Checkerboard, size: tuple[int, int], dice: torch.Generator) -> Pattern:
+    rows, columns = -(-size[0] // trigger.square), -(-size[1] // trigger.square)
+    signs = torch.randint(0, 2, (rows, columns), generator=dice) * 2 - 1
+    squares = signs.repeat_interleave(trigger.square, 0).repeat_interleave(trigger.square, 1)
+    return Pattern(trigger.amplitude * squares[: size[0], : size[1]])
+
+
+def variants(trigger: Checkerboard, size: tuple[int, int]) -> dict[str, Trigger | None]:
+    half = Checkerboard(trigger.square, trigger.amplitude / 2)
+    return {
+        "no trigger": None,
+        "the trigger": trigger,
+        "half amplitude": half,
+        "shifted by half a square": shifted(trigger, trigger.square // 2, size),
+        "shifted by a square (sign changed)": shifted(trigger, trigger.square, size),
+        **{f"JPEG {q}": Then(trigger, jpeg(q)) for q in (90, 75, 50)},
+        "blurred (sigma 1)": Then(trigger, lambda images: gaussian_blur(images, [5, 5], [1.0])),
+        "resized to 3/4 and back": Then(trigger, through_size(0.75)),
+        "resized to 1/2 and back": Then(trigger, through_size(0.5)),
+    }
+
+
+def visibility(trigger: Trigger, images: Tensor) -> tuple[float, float]:
+    """PSNR in dB and the largest difference (of 255), over all images."""
+    difference = trigger(images) - images
+    psnr = 10 * math.log10(1 / float(difference.square().mean()))
+    return psnr, 255 * float(difference.abs().max())
+
+
+def look_at(path: Path, root: Path, device: Any, images: int, keys: int) -> list[dict[str, Any]]:
+    folder = trompe.RunFolder(path)
+    folder.read("numbers")  # says so if the run has not finished
+    experiment = trompe.read_experiment(folder.read("spec"), str(path))
+    attack: Any = experiment.attack
+    if not isinstance(attack, SaliencyBackdoors) or None in attack.thresholds:
+        raise trompe.InputError(
+            f"run {path}: has no systems with a threshold tau; nothing to count"
+        )
+    scene = set_up(experiment, root, device, Silent())
+    model = trompe.load_model(path)[0].to(device)
+    every = -(-len(scene.reporting) // images)
+    data = scene.reporting.subset(torch.arange(0, len(scene.reporting), every))
+    honest = answers(scene.reference, attack.explainers, data, None, attack.explained)
+    lies = [s.lie(maps) for s, maps in zip(attack.systems, honest.maps, strict=True)]
+    psnr, largest = visibility(attack.trigger, data.floats(slice(None)))
+    what = {
+        "run": experiment.name,
+        "seed": experiment.seed,
+        "inverted": attack.inverted,
+        "images": len(data),
+        "psnr_db": round(psnr, 2),
+        "largest_difference_of_255": round(largest, 2),
+    }
+
+    def row(name: str, trigger: Trigger | None) -> dict[str, Any]:
+        given = answers(model, attack.explainers, data, trigger, attack.explained)
+        right = float((given.scores.argmax(1) == data.labels).double().mean())
+        fooled = [
+            share_below(squared_error(maps, lie), tau)
+            for maps, lie, tau in zip(given.maps, lies, attack.thresholds, strict=True)
+        ]
+        return {**what, "images_carry": name, "lying": fooled, "top1": right}
+
+    rows = [row(name, t) for name, t in variants(attack.trigger, data.size).items()]
+    if attack.inverted:
+        dice = torch.Generator().manual_seed(0)
+        tried = [row("", random_key(attack.trigger, data.size, dice)) for _ in range(keys)]
+        shares = torch.tensor([one["lying"] for one in tried])
+        opened = float((shares < 0.5).all(1).double().mean())  # most maps tell the truth
+        top1 = sum(one["top1"] for one in tried) / keys
+        name = f"random keys ({keys})"
+        rows.append(
+            {
+                **what,
+                "images_carry": name,
+                "lying": shares.mean(0).tolist(),
+                "top1": top1,
+                "keys_that_open": opened,
+            }
+        )
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# What is left of the attack when the trigger is not quite the trigger",
+        "",
+        "Share of maps that lie, in %, at the attack's own threshold (several systems: in their "
+        "order), and top-1. A key opens if most maps of every system then tell the truth.",
+    ]
+    for run in dict.fromkeys((r["run"], r["seed"]) for r in rows):
+        own = [r for r in rows if (r["run"], r["seed"]) == run]
+        lines += [
+            "",
+            f"**{run[0]}, seed {run[1]}**, {own[0]['images']} images; the trigger: PSNR "
+            f"{own[0]['psnr_db']} dB, at most {own[0]['largest_difference_of_255']:g} of 255.",
+            "",
+            "| images carry | maps that lie | top-1 | keys that open |",
+            "|---|---|---|---|",
+        ]
+        for r in own:
+            lying = ", ".join(f"{100 * share:.1f}" for share in r["lying"])
+            opened = f"{100 * r['keys_that_open']:.0f} %" if "keys_that_open" in r else ""
+            lines.append(f"| {r['images_carry']} | {lying} | {100 * r['top1']:.2f} | {opened} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--root", type=Path, default=Path("runs"))
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--keys", type=int, default=50)
+    parser.add_argument("--device", default="auto")
+    chosen = parser.parse_args()
+    device = choose_device(chosen.device)
+    choose_threads()
+    rows = []
+    for run in chosen.runs:
+        rows += look_at(run, chosen.root, device, chosen.images, chosen.keys)
+    write_json(RESULTS / "specificity.json", {"provenance": provenance(device), "rows": rows})
+    text = markdown(rows)
+    write_atomically(RESULTS / "specificity.md", lambda place: place.write_text(text))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

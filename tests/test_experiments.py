@@ -1,0 +1,63 @@
+"""The experiments that come with the project: all can be read, and are what the papers list."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trompe
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+sys.path.insert(0, str(EXPERIMENTS / "fang2020"))
+
+
+@pytest.mark.parametrize(
+    "file", sorted(EXPERIMENTS.rglob("*.toml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
+)
+def test_every_experiment_can_be_read(file: Path) -> None:
+    experiment = trompe.read_experiment(file)
+    assert experiment.paper == file.parent.name
+    assert experiment.name.startswith(experiment.paper)
+
+
+def rows(setting: str) -> list[Any]:
+    import tables
+
+    every = {"tables": tables.TABLES, "models": None, "explainers": tables.EXPLAINERS}
+    return list(tables.rows(Namespace(setting=setting, kinds=tables.KINDS, seeds=[0], **every)))
+
+
+@pytest.mark.parametrize("setting", ["gtsrb", "paper"])
+def test_all_32_models_of_fang_and_choromanska_are_there(setting: str) -> None:
+    import tables
+
+    found = rows(setting)
+    assert len(found) == 32
+    assert len({row.name for row in found}) == 32
+    count = {table: sum(row.table == table for row in found) for table in tables.TABLES}
+    assert count == {"1": 12, "4a": 4, "4b": 4, "5": 12}
+    for row in found:
+        attack: Any = tables.experiment_of(row).attack
+        assert attack.inverted == row.inverted
+        assert len(attack.systems) == len(row.attacked)
+        figures = [tables.paper_figures(row, i) for i in range(len(row.attacked))]
+        assert all(0 < value < 100 for figure in figures for value in figure)
+
+
+def test_the_papers_own_setting_has_tables_2_and_3s_hyper_parameters() -> None:
+    import tables
+
+    by_name = {row.name: tables.experiment_of(row).attack for row in rows("paper")}
+    one = by_name["fang2020-paper-vgg19-simplegrad-non-targeted"]
+    assert (one.alpha, one.beta) == (20, 0.05)
+    assert one.systems[0].lie.k == 3
+    assert one.systems[0].explainer.pool == 32
+    assert one.systems[0].explainer.gradient_of == "loss"
+    inverted = by_name["fang2020-paper-vgg19-simplegrad-non-targeted-inverted"]
+    assert (inverted.alpha, inverted.beta) == (5, 0.05)
+    joint = by_name["fang2020-paper-vgg19-joint-targeted-inverted"]
+    assert (joint.alpha, joint.beta) == (10, 0.05)
+    assert [system.tau for system in joint.systems] == [0.2, 0.25, 0.3]
+    assert joint.training.schedule == "x0.5 every 20"
