@@ -172,7 +172,7 @@ def _draw_fooling(axis: Axes, run: Run) -> None:
             axis.axvline(tau, color=_INK, lw=1, ls=style)
     axis.set_xlim(left=0)
     axis.set_ylim(0, 101)
-    axis.set_xlabel("threshold (dashed: by eye, dotted: from the data)")
+    axis.set_xlabel("tau (dotted: from the data)")
     _finish(axis, "Fooled maps (%)")
 
 

@@ -128,7 +128,8 @@ def _gallery(runs: list[Run]) -> Gallery:
         for i, label in enumerate(runs[0].labels)
     ]
     columns = titles(runs)
-    return Gallery(", ".join(columns), columns, samples)
+    seen = "" if runs[0].alone else f" · {runs[0].explainer}"
+    return Gallery(", ".join(columns) + seen, columns, samples)
 
 
 _Row = list[tuple[Run, Condition | None]]  # each run's condition on one line
