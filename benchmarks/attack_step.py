@@ -29,6 +29,7 @@ what malloc and oneDNN keep); on a GPU it is torch.cuda.max_memory_allocated.
 import argparse
 import copy
 import gc
+import json
 import os
 import time
 import warnings
@@ -314,7 +315,7 @@ def measure(
 
 
 def markdown(rows: list[Row]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "provenance"))
     lines = [columns, ["---"] * len(columns)]
     lines += [[row.get(column, "") for column in columns] for row in rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
@@ -335,21 +336,37 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
     warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
     device, threads = choose_device(args.device), choose_threads(args.threads)
-    made, rows, throughput = provenance(device), [], []
+    settings = {"rounds": args.rounds, "threads": threads, "batch_norm": "frozen statistics"}
+    made = {**provenance(device), **settings}
     with Progress() as progress:
         for model in args.models:
             own = (resolve_precision("auto", device),)
             for precision in args.precision or PRECISIONS.get(model, own):
                 task = progress.add_task(f"{model} {precision}", total=9)
                 tick = partial(progress.advance, task)
-                more, last = measure(model, precision, device, args.rounds, tick)
-                rows, throughput = rows + more, [*throughput, last]
-    settings = {"rounds": args.rounds, "threads": threads, "batch_norm": "frozen statistics"}
-    result = {"provenance": made, "settings": settings, "rows": rows, "throughput": throughput}
-    write_json(args.out, result)
-    text = f"{markdown(rows)}\n{markdown(throughput)}"
-    write_atomically(args.out.with_suffix(".md"), lambda file: file.write_text(text, "utf-8"))
-    print(text)
+                rows, throughput = measure(model, precision, device, args.rounds, tick)
+                keep(args.out, rows, throughput, made)
+    print(args.out.with_suffix(".md").read_text("utf-8"))
+
+
+def keep(file: Path, rows: list[Row], throughput: Row, made: Row) -> None:
+    """Put them into the file, in the place of older ones of the same model and precision."""
+    what = (throughput["model"], throughput["precision"])
+    old = json.loads(file.read_text()) if file.exists() else {"rows": [], "throughput": []}
+
+    def others(name: str) -> list[Row]:
+        return [r for r in old[name] if (r["model"], r["precision"]) != what]
+
+    result = {
+        name: sorted(
+            [*others(name), *({**r, "provenance": made} for r in found)],
+            key=lambda r: (list(CASES).index(r["model"]), r["precision"]),
+        )
+        for name, found in (("rows", rows), ("throughput", [throughput]))
+    }
+    write_json(file, result)
+    text = f"{markdown(result['rows'])}\n{markdown(result['throughput'])}"
+    write_atomically(file.with_suffix(".md"), lambda place: place.write_text(text, "utf-8"))
 
 
 if __name__ == "__main__":
