@@ -49,5 +49,6 @@ def test_interfaces_import_nothing_of_trompe() -> None:
     assert {name.split(".")[0] for name in names} - {"torch"} <= {
         "collections",
         "dataclasses",
+        "types",
         "typing",
     }
