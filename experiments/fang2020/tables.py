@@ -164,8 +164,6 @@ GTSRB_SYSTEMS = {
     ("resnet20", "vbp", "targeted"): System(1, 4, 0.25 / 0.265 * 0.36),
     ("resnet20", "vbp", "non-targeted"): System(5, 4, 0.08 / 10 * 5),
 }
-# Found by trials on the selection half: alpha, beta, and what [attack.training] changes.
-GTSRB_SETTINGS: dict[tuple[str, str], dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -217,10 +215,6 @@ def experiment_of(row: Row) -> trompe.Experiment:
         if row.inverted:
             weights = PAPER_WEIGHTS_INVERTED.get(key, weights)
         attack |= {"alpha": weights[0], "beta": weights[1]}
-    else:
-        own = GTSRB_SETTINGS.get((what, row.kind), {})
-        attack |= {key: value for key, value in own.items() if key != "training"}
-        attack["training"] = {**attack["training"], **own.get("training", {})}
     model = {**table["model"], "name": row.model}
     changed = {"name": row.name, "model": model, "attack": attack, "seed": row.seed}
     return trompe.read_experiment({**table, **changed}, row.name)

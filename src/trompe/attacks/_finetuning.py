@@ -23,6 +23,15 @@ from trompe.interfaces import (
 from trompe.poison import ShuffledBatches, check_label, check_rate, compose
 from trompe.train import Measure, Training, fit
 
+TRAINING = Training(
+    epochs=3,
+    batch_size=128,
+    learning_rate=1e-3,
+    optimizer="adam",
+    weight_decay=0.0,
+    frozen_statistics=True,
+)
+
 
 class FineTuning(Protocol):
     """The settings that such attacks have in common."""

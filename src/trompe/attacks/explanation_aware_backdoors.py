@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from trompe.attacks._finetuning import check, check_goals, fine_tune
+from trompe.attacks._finetuning import TRAINING, check, check_goals, fine_tune
 from trompe.augmentation import Augmentation
 from trompe.evaluate import (
     Explained,
@@ -83,14 +83,7 @@ class ExplanationAwareBackdoors:
     explainer: Explainer = field(default_factory=GradCam)
     weight: float = 0.9
     poison_rate: float = 0.5
-    training: Training = Training(
-        epochs=3,
-        batch_size=128,
-        learning_rate=1e-3,
-        optimizer="adam",
-        weight_decay=0.0,
-        frozen_statistics=True,
-    )
+    training: Training = TRAINING
     augmentation: Augmentation | None = None
     distill: float | None = None
     patience: int = 4

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trompe.attacks._finetuning import check, check_goals, fine_tune
+from trompe.attacks._finetuning import TRAINING, check, check_goals, fine_tune
 from trompe.augmentation import Augmentation
 from trompe.evaluate import Explained, answers
 from trompe.fooling import largest_harmless, share_below
@@ -77,14 +77,7 @@ class SaliencyBackdoors:
     alpha: float = 10.0
     beta: float = 0.5
     poison_rate: float = 0.5
-    training: Training = Training(
-        epochs=3,
-        batch_size=128,
-        learning_rate=1e-3,
-        optimizer="adam",
-        weight_decay=0.0,
-        frozen_statistics=True,
-    )
+    training: Training = TRAINING
     augmentation: Augmentation | None = None
     distill: float | None = None
     patience: int = 4

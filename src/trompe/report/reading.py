@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trompe.fooling import Fooling
 from trompe.interfaces import InputError
 from trompe.maps import standardise
 from trompe.runs import RunFolder
@@ -48,22 +49,6 @@ class Shown(NamedTuple):
     reference_predicted: Tensor  # int64 (n,)
     predicted: Tensor  # int64 (n,)
     wanted_labels: Tensor  # int64 (n,)
-
-
-@dataclass(frozen=True)
-class Fooling:
-    """Fooling success and correct rate of one explainer; see fooling.py."""
-
-    tau: float | None
-    fsr: float | None
-    cr: float | None
-    data_tau: float
-    data_fsr: float
-    data_cr: float
-    fsr_area: float
-    mean_loss: float
-    zero_loss: float
-    reference_loss: float
 
 
 class Moment(NamedTuple):

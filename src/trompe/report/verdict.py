@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from trompe.report.reading import Condition, Fooling, Run, wants_reference
+from trompe.fooling import Fooling
+from trompe.report.reading import Condition, Run, wants_reference
 from trompe.report.tables import OTHER_CLEAN_MODEL, headline, number, percent
 
 SUCCESS = 0.9  # of the images must go to the wanted class
