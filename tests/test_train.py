@@ -607,3 +607,43 @@ def test_the_logbook_hears_every_step_with_the_mean_terms_so_far(
     assert [entry[:3] for entry in heard] == [(e, s, 4) for e, s in epochs_and_steps]
     ends = [mean for _, step, _, mean in heard if step == 4]
     assert ends == [record.terms["prediction"] for record in history]
+
+
+@pytest.mark.parametrize("clip", [None, 1e3, 1e-3])
+def test_a_step_is_no_longer_than_the_clipped_gradient(
+    tiny_net: Callable[..., nn.Module], clip: float | None
+) -> None:
+    """Plain SGD's first step: learning rate x gradient, whose norm `clip` bounds."""
+    how = dataclasses.replace(PLAIN, epochs=1, clip=clip, weight_decay=0.0, schedule="constant")
+    start = tiny_net()
+    (batch,) = itertools.islice(Steps(torch.float64)(seeded()), 1)
+    moved = []
+    for steps in (how, dataclasses.replace(how, clip=None)):
+        model = copy.deepcopy(start)
+        train(model, steps, batches=_Single(batch))
+        pairs = zip(model.parameters(), start.parameters(), strict=True)
+        moved.append(torch.cat([(a - b).flatten().detach() for a, b in pairs]))
+    # Nesterov's first step is (1 + momentum) times the gradient.
+    longest = float("inf") if clip is None else clip * 1.9 * how.learning_rate
+    assert moved[0].norm() == pytest.approx(min(float(moved[1].norm()), longest), rel=1e-4)
+    direction = F.cosine_similarity(moved[0], moved[1], dim=0)
+    assert direction == pytest.approx(1, abs=1e-4)
+
+
+class _Single:
+    """One batch an epoch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 1
+
+    def __call__(self, generator: torch.Generator) -> Iterator[Batch]:
+        yield self.batch
+
+
+@pytest.mark.parametrize("setting", ["clip", "adam_epsilon"])
+def test_settings_that_must_be_positive(setting: str) -> None:
+    with pytest.raises(InputError, match=f"{setting} = 0.0: must be a positive number"):
+        Training(**{setting: 0.0})

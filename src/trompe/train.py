@@ -55,6 +55,8 @@ class Training:
     training, None keeps it.
     explained: the class whose map is trained: the batch's "label", or the "predicted" one.
     precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the hardware has it.
+    clip: the largest norm of a step's whole gradient, longer ones are shortened to it; None: any.
+    adam_epsilon: of Adam's denominator (Noppel & Wressnegger 2023: 1e-5, PyTorch: 1e-8).
     """
 
     epochs: int = 10
@@ -69,6 +71,8 @@ class Training:
     frozen: tuple[str, ...] = ()
     explained: Literal["label", "predicted"] = "label"
     precision: Precision = "auto"
+    clip: float | None = None
+    adam_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -76,6 +80,9 @@ class Training:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 < self.learning_rate < 100:
             raise InputError(f"learning_rate = {self.learning_rate}: must lie between 0 and 100")
+        for name in ("clip", "adam_epsilon"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise InputError(f"{name} = {value}: must be a positive number")
         if self.schedule not in _SCHEDULES and _STEPS.fullmatch(self.schedule) is None:
             raise InputError(
                 f"schedule = {self.schedule!r}: must be one of {', '.join(_SCHEDULES)}, or like "
@@ -117,7 +124,11 @@ def make_optimizer(model: nn.Module, how: Training) -> torch.optim.Optimizer:
             parameters, how.learning_rate, 0.9, weight_decay=how.weight_decay, nesterov=True
         )
     return torch.optim.Adam(
-        parameters, how.learning_rate, eps=1e-5, weight_decay=how.weight_decay, fused=True
+        parameters,
+        how.learning_rate,
+        eps=how.adam_epsilon,
+        weight_decay=how.weight_decay,
+        fused=True,
     )
 
 
@@ -220,6 +231,8 @@ def _fit(
                         f"({how.learning_rate:g}) and start again"
                     )
                 loss.backward()
+                if how.clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), how.clip)
                 optimizer.step()
                 schedule.step()
                 for name, value in terms.items():
