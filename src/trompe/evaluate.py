@@ -120,6 +120,11 @@ class Measured:
     images: int
 
 
+def share_right(scores: Tensor, labels: Tensor) -> float:
+    """Accuracy in 0..1: the share of rows whose highest score (n, classes) is the label's (n,)."""
+    return float((scores.argmax(1) == labels).double().mean())
+
+
 def summarise(metric: Metric, evidence: Evidence) -> Measured:
     """The mean, population standard deviation and count of one metric's values per image."""
     values = metric(evidence).double()

@@ -15,6 +15,7 @@ from trompe import catalog
 from trompe.augmentation import Augmentation
 from trompe.classifier import Classifier, ModelCard, ModelSpec, build_model, load_model, save_model
 from trompe.data import halves
+from trompe.evaluate import answers, share_right
 from trompe.explainers.gradcam import GradCam
 from trompe.interfaces import (
     Attack,
@@ -343,7 +344,7 @@ def train_clean_model(
     )
     screen.stage("measuring the clean model")
     numbers = {
-        "test_accuracy": accuracy_of(classifier, test),
+        "test_accuracy": share_right(answers(classifier, (), test).scores, test.labels),
         "test_images": len(test),
         "epochs": len(history),
         "seconds": round(sum(r.seconds for r in history), 1),
@@ -357,19 +358,6 @@ def train_clean_model(
     logbook.close()
     screen.note(f"clean model (seed {seed}): test accuracy {numbers['test_accuracy']:.4f}")
     return file
-
-
-def accuracy_of(model: nn.Module, data: ImageSet, batch_size: int = 512) -> float:
-    """Share of images whose class is predicted."""
-    device = next(model.parameters()).device
-    model.eval()
-    right = 0
-    with torch.no_grad():
-        for start in range(0, len(data), batch_size):
-            chunk = slice(start, start + batch_size)
-            predicted = model(data.floats(chunk, device)).argmax(1).cpu()
-            right += int((predicted == data.labels[chunk]).sum())
-    return right / len(data)
 
 
 # --- small things ---------------------------------------------------------------------------------
