@@ -24,13 +24,14 @@ from torchvision.transforms.functional import gaussian_blur
 import trompe
 from trompe.attacks.saliency_backdoors import SaliencyBackdoors
 from trompe.evaluate import answers, share_right
-from trompe.experiment import Silent, set_up
+from trompe.experiment import set_up
 from trompe.files import write_atomically, write_json
 from trompe.fooling import share_below
 from trompe.interfaces import Trigger
 from trompe.machine import choose_device, choose_threads
 from trompe.maps import squared_error
 from trompe.runs import provenance
+from trompe.screen import Silent
 from trompe.triggers.checkerboard import Checkerboard
 
 RESULTS = Path(__file__).parent.parent.parent / "results" / "fang2020"

@@ -23,13 +23,13 @@ import torch
 import trompe
 from trompe.attacks.saliency_backdoors import SaliencyBackdoors
 from trompe.attacks.saliency_backdoors import System as AttackedSystem
-from trompe.cli import progress_bars
-from trompe.experiment import Silent, experiment_table, set_up
+from trompe.experiment import experiment_table, set_up
 from trompe.files import write_atomically, write_json
 from trompe.foreign import WITNESSES, witnesses
 from trompe.interfaces import Attacked
 from trompe.machine import choose_device, choose_threads
 from trompe.measure import measure
+from trompe.screen import Silent, progress_bars
 from trompe.target_maps.border import Border
 from trompe.target_maps.suppressed import Suppressed
 

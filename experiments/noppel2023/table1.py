@@ -12,9 +12,9 @@ import statistics
 from pathlib import Path
 
 import trompe
-from trompe.cli import progress_bars
 from trompe.files import write_atomically, write_json
 from trompe.machine import choose_device, choose_threads
+from trompe.screen import progress_bars
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

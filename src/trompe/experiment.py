@@ -3,10 +3,10 @@
 import importlib.resources
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from trompe.measure import gallery, measure
 from trompe.objectives import ClassLoss
 from trompe.poison import ShuffledBatches, compose
 from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
+from trompe.screen import Screen, Silent
 from trompe.train import Training, fit
 
 
@@ -95,24 +96,6 @@ def shipped_experiment(name: str) -> Experiment:
     return read_experiment(
         Path(str(importlib.resources.files("trompe"))) / "shipped" / f"{name}.toml"
     )
-
-
-class Screen(Protocol):
-    """Where a run tells what it is doing; `step` and `epoch` as a Logbook hears them."""
-
-    def stage(self, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None: ...
-    def epoch(self, record: EpochRecord) -> None: ...
-
-
-class Silent:
-    """A Screen that shows nothing."""
-
-    def stage(self, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None: ...
-    def epoch(self, record: EpochRecord) -> None: ...
 
 
 def run(
