@@ -110,6 +110,19 @@ def test_tensors_come_back_as_they_were(folder: RunFolder) -> None:
     assert all(read[key].dtype == tensors[key].dtype for key in tensors)
 
 
+def test_epochs_come_back_and_what_is_to_be_looked_at_is_kept_beside_them(
+    folder: RunFolder,
+) -> None:
+    plain = EpochRecord(1, {"prediction": 0.5}, {"score": 1.5}, 2.0)
+    folder.write_history([plain])
+    assert folder.read_history() == (plain,)
+    assert not (folder.path / "timeline.safetensors").exists()
+    maps = torch.rand(2, 3, 3)
+    folder.write_history([plain, plain._replace(epoch=2, shown={"maps": maps})])
+    assert [record.epoch for record in folder.read_history()] == [1, 2]
+    assert torch.equal(folder.read_tensors("timeline")["2.maps"], maps)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"junk", b"\x10\0\0\0\0\0\0\0{}"])
 def test_missing_or_damaged_tensors_are_told(folder: RunFolder, content: bytes | None) -> None:
     if content is not None:

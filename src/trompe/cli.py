@@ -11,6 +11,7 @@ from rich.table import Table
 
 from trompe import catalog
 from trompe.classifier import SHIPPED, load_model
+from trompe.clean_models import train_clean_model
 from trompe.experiment import (
     Experiment,
     experiment_table,
@@ -18,7 +19,6 @@ from trompe.experiment import (
     remeasure,
     run,
     shipped_experiment,
-    train_clean_model,
 )
 from trompe.explaining import explain
 from trompe.interfaces import InputError, TrompeError

@@ -22,7 +22,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,6 +86,18 @@ class RunFolder:
                 "finished (the same command goes on with it)"
             )
         return read_json(self.path / f"{name}.json")
+
+    def write_history(self, history: Sequence[EpochRecord]) -> None:
+        """Epochs as history.json, and what is to be looked at as timeline.safetensors."""
+        fields = ("epoch", "terms", "measured", "seconds")
+        self.write("history", [{name: getattr(r, name) for name in fields} for r in history])
+        timeline = {f"{r.epoch}.{name}": v for r in history for name, v in r.shown.items()}
+        if timeline:
+            self.write_tensors("timeline", timeline)
+
+    def read_history(self) -> tuple[EpochRecord, ...]:
+        """The epochs of history.json, without what is to be looked at."""
+        return tuple(EpochRecord(**record) for record in self.read("history"))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         whole = {key: value.contiguous().clone() for key, value in tensors.items()}  # none shared
