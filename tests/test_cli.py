@@ -174,6 +174,14 @@ def test_a_wrong_setting_is_named(tmp_path: Path, change: str, expected: str) ->
     assert not list(tmp_path.glob("runs/tiny-*"))
 
 
+def test_an_attack_of_ones_own_must_say_by_what_it_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("class Mine:\n    goals = ()\n")
+    (tmp_path / "own.toml").write_text('[data]\nkind = "signs"\n[attack]\nkind = "mine:Mine"\n')
+    told = one_sentence(call("attack", "own.toml", folder=tmp_path))
+    assert "own.toml: attack Mine: does not say its explainers; give it goals, explainers" in told
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_target_class_out_of_range_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(TINY.replace("label = 3", "label = 99"))
     told = one_sentence(call("attack", "tiny.toml", folder=tmp_path))

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from trompe.interfaces import (
     Answers,
     Evidence,
+    Explained,
     Explainer,
     Goal,
     ImageSet,
@@ -22,8 +22,6 @@ from trompe.interfaces import (
 from trompe.machine import Precision, autocast
 from trompe.maps import full_precision, standardise, upsample
 from trompe.recording import watch
-
-Explained = Literal["predicted", "label"]
 
 
 def answers(

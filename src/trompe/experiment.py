@@ -13,7 +13,6 @@ from trompe import catalog
 from trompe.classifier import Classifier, ModelSpec, card_of, load_model, save_model
 from trompe.clean_models import HonestTraining, load_clean_model, train_clean_model
 from trompe.data import halves
-from trompe.explainers.gradcam import GradCam
 from trompe.interfaces import (
     Attack,
     Attacked,
@@ -36,6 +35,7 @@ class Experiment:
     (default: seed) and `witness_seed` (default: another one), and keeps them for later runs.
     split_seed: of the two halves of the test set, the first for choices, the second for numbers.
     selection_images: how many of the first half are looked at after each epoch.
+    Raises InputError for an attack that does not say what it attacks (see `Attack`).
     """
 
     name: str
@@ -52,6 +52,14 @@ class Experiment:
     selection_images: int = 2000
     gallery_images: int = 6
     paper: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("goals", "explainers", "explained", "thresholds"):
+            if not hasattr(self.attack, name):
+                raise InputError(
+                    f"attack {type(self.attack).__name__}: does not say its {name}; give it "
+                    "goals, explainers, explained and thresholds (see Attack in interfaces.py)"
+                )
 
 
 def experiment_table(file: Path | str) -> dict[str, Any]:
@@ -148,7 +156,7 @@ def remeasure(
     scene = set_up(experiment, root, device, screen)
     attacked = Attacked(
         model.to(device),
-        getattr(experiment.attack, "goals", ()),
+        experiment.attack.goals,
         folder.read_history(),
     )
     return _write_numbers(folder, experiment, scene, attacked, screen)
@@ -182,7 +190,7 @@ def set_up(
     )
     reference = clean_model(experiment, train, test, "reference", root, device, screen)
     witness = clean_model(experiment, train, test, "witness", root, device, screen)
-    explainers: tuple[Explainer, ...] = getattr(experiment.attack, "explainers", (GradCam(),))
+    explainers = experiment.attack.explainers
     for explainer in explainers:
         layers = ", ".join(explainer.watches(reference))
         screen.note(f"{type(explainer).__name__} reads layer {layers}")
@@ -240,8 +248,8 @@ def _write_numbers(
         scene.explainers,
         scene.reporting,
         experiment.seed,
-        getattr(experiment.attack, "explained", "predicted"),
-        getattr(experiment.attack, "thresholds", None),
+        experiment.attack.explained,
+        experiment.attack.thresholds,
     )
     numbers = {
         **measured.numbers,

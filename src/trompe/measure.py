@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from trompe import catalog
 from trompe.evaluate import (
-    Explained,
     answers,
     clean_evidence,
     least_distance,
@@ -20,7 +19,16 @@ from trompe.evaluate import (
     with_maps,
 )
 from trompe.fooling import fooling
-from trompe.interfaces import Answers, Attacked, Evidence, Explainer, Goal, ImageSet, Metric
+from trompe.interfaces import (
+    Answers,
+    Attacked,
+    Evidence,
+    Explained,
+    Explainer,
+    Goal,
+    ImageSet,
+    Metric,
+)
 from trompe.maps import squared_error, upsample
 from trompe.target_maps.picture import Picture
 from trompe.target_maps.reference import Reference

@@ -24,10 +24,11 @@ from torch import nn
 
 from trompe.attacks._finetuning import TRAINING, check, check_goals, fine_tune
 from trompe.augmentation import Augmentation
-from trompe.evaluate import Explained, answers, share_right
+from trompe.evaluate import answers, share_right
 from trompe.fooling import largest_harmless, share_below
 from trompe.interfaces import (
     Attacked,
+    Explained,
     Explainer,
     Goal,
     ImageSet,
