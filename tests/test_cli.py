@@ -1,9 +1,11 @@
 """The command line as a user meets it, in processes of its own."""
 
 import json
+import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+
+from trompe.runs import RunFolder
 
 TINY = """
 [data]
@@ -103,6 +107,18 @@ def test_a_finished_run_is_not_computed_again(attacked: Path) -> None:
     done = call("attack", "tiny.toml", folder=attacked)
     assert "finished already" in done.stderr
     assert (run_folder(attacked) / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_number_of_which_there_is_none_is_printed_as_nan(attacked: Path, tmp_path: Path) -> None:
+    shutil.copytree(attacked / "runs", tmp_path / "runs")
+    (tmp_path / "tiny.toml").write_text(TINY)
+    run = RunFolder(run_folder(tmp_path))
+    numbers = run.read("numbers")
+    numbers["conditions"][1]["metrics"]["attack_success"]["mean"] = math.nan
+    run.write("numbers", numbers)
+    done = call("attack", "tiny.toml", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" nan ") == 1
 
 
 def test_report_and_evaluate_and_explain_take_the_run(attacked: Path) -> None:

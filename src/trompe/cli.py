@@ -21,6 +21,7 @@ from trompe.experiment import (
     shipped_experiment,
 )
 from trompe.explaining import explain
+from trompe.files import real
 from trompe.interfaces import InputError, TrompeError
 from trompe.machine import choose_device, choose_threads
 from trompe.report import render
@@ -277,10 +278,10 @@ def _print_numbers(folder: RunFolder) -> None:
         success = metrics.get("attack_success")
         table.add_row(
             row["name"],
-            f"{metrics['accuracy']['mean']:.4f}",
-            "" if success is None else f"{success['mean']:.4f}",
-            f"{distance['mean']:.4f} ± {distance['std']:.4f}",
-            ", ".join(f"{name} {value['mean']:.3f}" for name, value in row["floors"].items()),
+            f"{real(metrics['accuracy']['mean']):.4f}",
+            "" if success is None else f"{real(success['mean']):.4f}",
+            f"{real(distance['mean']):.4f} ± {real(distance['std']):.4f}",
+            ", ".join(f"{name} {real(v['mean']):.3f}" for name, v in row["floors"].items()),
         )
     Console().print(table)
 

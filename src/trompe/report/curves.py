@@ -92,10 +92,10 @@ def _curves(run: Run) -> dict[str, dict[str, _Points]]:
     """Per panel: each curve's epochs and values."""
     panels: dict[str, dict[str, _Points]] = {name: {} for name in _TITLES}
     for record in run.history:
-        for name, value in record["terms"].items():
-            _append(panels["loss"], name, record["epoch"], value)
-        for name, value in record["measured"].items():
-            _append(panels[_panel(name)], name, record["epoch"], value)
+        for name, value in record.terms.items():
+            _append(panels["loss"], name, record.epoch, value)
+        for name, value in record.measured.items():
+            _append(panels[_panel(name)], name, record.epoch, value)
     return panels
 
 
@@ -130,7 +130,7 @@ def _draw_curves(axis: Axes, panel: str, curves: Mapping[str, _Points], run: Run
         axis.yaxis.set_minor_formatter(NullFormatter())
     else:
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-    last = max(record["epoch"] for record in run.history)
+    last = max(record.epoch for record in run.history)
     axis.set_xlim(0.5, last + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("epoch")

@@ -141,8 +141,8 @@ def _row(runs: list[Run], conditions: Sequence[Condition | None], names: Labels)
 
 def _share(values: list[float]) -> str:
     """A share; over several runs its mean and sample standard deviation."""
-    if len(values) == 1:
-        return number(values[0])
+    if len(values) == 1 or any(map(math.isnan, values)):
+        return number(statistics.fmean(values))
     return spread(statistics.fmean(values), statistics.stdev(values))
 
 
