@@ -71,7 +71,7 @@ class Run:
     alone: bool  # no other explainer was measured
     spec: dict[str, Any]
     provenance: dict[str, Any]
-    history: tuple[EpochRecord, ...]
+    history: tuple[EpochRecord, ...]  # what was measured of other explainers is left out
     facts: dict[str, Any]  # what numbers.json says besides the conditions
     classes: list[str]
     labels: Tensor  # int64 (n,), of the gallery's images
@@ -125,7 +125,7 @@ def load(folder: RunFolder) -> list[Run]:
         rates = {row["explainer"]: _fooling(row) for row in numbers.get("fooling", [])}
         explainers = list(dict.fromkeys(condition.explainer for condition in every))
         runs: list[Run] = []
-        for explainer in explainers:
+        for number, explainer in enumerate(explainers, start=1):
             conditions = tuple(c for c in every if c.explainer == explainer)
             shown = {
                 c.name: Shown(*(gallery[f"{c.name}.{f}"] for f in Shown._fields))
@@ -138,7 +138,7 @@ def load(folder: RunFolder) -> list[Run]:
                     len(explainers) == 1,
                     files["spec"],
                     files["provenance"],
-                    history,
+                    _of_system(history, number, len(explainers)),
                     facts,
                     files["classes"],
                     gallery["labels"],
@@ -146,7 +146,7 @@ def load(folder: RunFolder) -> list[Run]:
                     conditions[1:],
                     shown,
                     rates.get(explainer),
-                    _timeline(folder, history, len(runs) + 1),
+                    _timeline(folder, history, number),
                     evidence,
                 )
             )
@@ -159,9 +159,29 @@ def load(folder: RunFolder) -> list[Run]:
     return runs
 
 
-def _timeline(
-    folder: RunFolder, history: Sequence[EpochRecord], explainer: int
-) -> tuple[Moment, ...]:
+def _of_system(
+    history: Sequence[EpochRecord], number: int, systems: int
+) -> tuple[EpochRecord, ...]:
+    """What was measured of all systems, and of this one: "fsr" for the second's "fsr_2".
+
+    Numbered names that are not there once for each of several systems stay as they are.
+    """
+
+    def own(measured: dict[str, float]) -> dict[str, float]:
+        kept = {}
+        for name, value in measured.items():
+            word, _, end = name.rpartition("_")
+            if systems > 1 and all(f"{word}_{k}" in measured for k in range(1, systems + 1)):
+                if end == str(number):
+                    kept[word] = value
+            else:
+                kept[name] = value
+        return kept
+
+    return tuple(record._replace(measured=own(record.measured)) for record in history)
+
+
+def _timeline(folder: RunFolder, history: Sequence[EpochRecord], number: int) -> tuple[Moment, ...]:
     if not (folder.path / "timeline.safetensors").is_file():
         return ()
     kept = folder.read_tensors("timeline")
@@ -170,7 +190,7 @@ def _timeline(
         Moment(
             record.epoch,
             kept[f"{record.epoch}.images"],
-            *(kept[f"{record.epoch}.{explainer}.{field}"] for field in fields),
+            *(kept[f"{record.epoch}.{number}.{field}"] for field in fields),
         )
         for record in history
     )

@@ -20,6 +20,10 @@ TITLES = {
     "clean_mse": "map distance, clean",
     "triggered_success": "Acc/ASR, triggered",
     "triggered_mse": "map distance, triggered",
+    "triggered_accuracy": "accuracy, triggered",
+    "fsr": "FSR",
+    "cr": "CR",
+    "lie_loss": "L_p",
 }
 NOTHING = "—"  # in a cell that has no value
 OTHER_CLEAN_MODEL = "another clean model"
