@@ -1,9 +1,11 @@
 """The command line as a user meets it, in processes of its own."""
 
 import json
+import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+
+from trompe.runs import RunFolder
 
 TINY = """
 [data]
@@ -105,6 +109,18 @@ def test_a_finished_run_is_not_computed_again(attacked: Path) -> None:
     assert (run_folder(attacked) / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_number_of_which_there_is_none_is_printed_as_nan(attacked: Path, tmp_path: Path) -> None:
+    shutil.copytree(attacked / "runs", tmp_path / "runs")
+    (tmp_path / "tiny.toml").write_text(TINY)
+    run = RunFolder(run_folder(tmp_path))
+    numbers = run.read("numbers")
+    numbers["conditions"][1]["metrics"]["attack_success"]["mean"] = math.nan
+    run.write("numbers", numbers)
+    done = call("attack", "tiny.toml", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" nan ") == 1
+
+
 def test_report_and_evaluate_and_explain_take_the_run(attacked: Path) -> None:
     run = run_folder(attacked)
     assert call("report", run, folder=attacked).returncode == 0
@@ -172,6 +188,14 @@ def test_a_wrong_setting_is_named(tmp_path: Path, change: str, expected: str) ->
     told = one_sentence(call("attack", "tiny.toml", "--set", change, folder=tmp_path))
     assert re.search(expected, told), told
     assert not list(tmp_path.glob("runs/tiny-*"))
+
+
+def test_an_attack_of_ones_own_must_say_by_what_it_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("class Mine:\n    goals = ()\n")
+    (tmp_path / "own.toml").write_text('[data]\nkind = "signs"\n[attack]\nkind = "mine:Mine"\n')
+    told = one_sentence(call("attack", "own.toml", folder=tmp_path))
+    assert "own.toml: attack Mine: does not say its explainers; give it goals, explainers" in told
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_target_class_out_of_range_leaves_nothing_behind(tmp_path: Path) -> None:

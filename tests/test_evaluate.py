@@ -14,6 +14,7 @@ from trompe.evaluate import (
     ask,
     clean_evidence,
     least_distance,
+    share_right,
     stand_in_maps,
     summarise,
     triggered_evidence,
@@ -209,6 +210,11 @@ def test_a_summary_leaves_out_images_to_which_the_metric_does_not_apply(
     summary = summarise(metric, clean_evidence(given, reference, shapes))
     assert (summary.mean, summary.std) == pytest.approx((mean, std), nan_ok=True)
     assert summary.images == images
+
+
+def test_the_share_of_right_predictions_is_counted_by_hand() -> None:
+    scores = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0], [0.0, 1.0, 0.5]])
+    assert share_right(scores, torch.tensor([0, 1, 1])) == pytest.approx(2 / 3, abs=1e-12)
 
 
 # --- the least distance ---------------------------------------------------------------------------

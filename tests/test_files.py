@@ -1,12 +1,14 @@
 """A kill at any moment leaves the old file or the new one, never half."""
 
 import errno
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trompe.files import read_json, write_atomically, write_json
+from trompe.files import read_json, real, write_atomically, write_json
 from trompe.interfaces import InputError
 
 
@@ -129,6 +131,21 @@ def test_json_comes_back_as_it_was(tmp_path: Path, value: Any) -> None:
     write_json(tmp_path / "x.json", value)
     assert read_json(tmp_path / "x.json") == value
     assert (tmp_path / "x.json").read_bytes().endswith(b"\n")
+
+
+def test_numbers_that_json_does_not_have_become_null_and_are_read_as_nan(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    write_json(file, {"a": [1.5, math.nan, (math.inf,)], "b": {"c": -math.inf, "d": None}})
+
+    def refused(constant: str) -> None:
+        raise AssertionError(f"{constant} is no strict JSON")
+
+    assert json.loads(file.read_text(), parse_constant=refused) == {
+        "a": [1.5, None, [None]],
+        "b": {"c": None, "d": None},
+    }
+    assert math.isnan(real(read_json(file)["a"][1]))
+    assert real(1.5) == 1.5
 
 
 def test_json_keeps_letters_of_all_languages_readable(tmp_path: Path) -> None:

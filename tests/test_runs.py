@@ -1,6 +1,7 @@
 """A run's folder and the checkpoint of a training."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
         RunFolder(tmp_path / "x").open(SPEC)
 
 
+def test_settings_that_json_cannot_say_are_the_same_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        RunFolder(tmp_path / "x").open({"clip": math.inf})
+
+
 def test_a_run_with_numbers_is_finished(folder: RunFolder) -> None:
     folder.write("numbers", {"a": 1})
     assert folder.finished
@@ -108,6 +114,22 @@ def test_tensors_come_back_as_they_were(folder: RunFolder) -> None:
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[key], tensors[key]) for key in tensors)
     assert all(read[key].dtype == tensors[key].dtype for key in tensors)
+
+
+def test_epochs_come_back_and_what_is_to_be_looked_at_is_kept_beside_them(
+    folder: RunFolder,
+) -> None:
+    plain = EpochRecord(1, {"prediction": 0.5}, {"score": 1.5}, 2.0)
+    folder.write_history([plain])
+    assert folder.read_history() == (plain,)
+    assert not (folder.path / "timeline.safetensors").exists()
+    folder.write_history([plain._replace(measured={"score": math.nan})])
+    assert folder.read("history")[0]["measured"] == {"score": None}
+    assert math.isnan(folder.read_history()[0].measured["score"])
+    maps = torch.rand(2, 3, 3)
+    folder.write_history([plain, plain._replace(epoch=2, shown={"maps": maps})])
+    assert [record.epoch for record in folder.read_history()] == [1, 2]
+    assert torch.equal(folder.read_tensors("timeline")["2.maps"], maps)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"junk", b"\x10\0\0\0\0\0\0\0{}"])

@@ -23,14 +23,15 @@ from torchvision.transforms.functional import gaussian_blur
 
 import trompe
 from trompe.attacks.saliency_backdoors import SaliencyBackdoors
-from trompe.evaluate import answers
-from trompe.experiment import Silent, set_up
+from trompe.evaluate import answers, share_right
+from trompe.experiment import set_up
 from trompe.files import write_atomically, write_json
 from trompe.fooling import share_below
 from trompe.interfaces import Trigger
 from trompe.machine import choose_device, choose_threads
 from trompe.maps import squared_error
 from trompe.runs import provenance
+from trompe.screen import Silent
 from trompe.triggers.checkerboard import Checkerboard
 
 RESULTS = Path(__file__).parent.parent.parent / "results" / "fang2020"
@@ -137,12 +138,12 @@ def look_at(path: Path, root: Path, device: Any, images: int, keys: int) -> list
 
     def row(name: str, trigger: Trigger | None) -> dict[str, Any]:
         given = answers(model, attack.explainers, data, trigger, attack.explained)
-        right = float((given.scores.argmax(1) == data.labels).double().mean())
         fooled = [
             share_below(squared_error(maps, lie), tau)
             for maps, lie, tau in zip(given.maps, lies, attack.thresholds, strict=True)
         ]
-        return {**what, "images_carry": name, "lying": fooled, "top1": right}
+        top1 = share_right(given.scores, data.labels)
+        return {**what, "images_carry": name, "lying": fooled, "top1": top1}
 
     rows = [row(name, t) for name, t in variants(attack.trigger, data.size).items()]
     if attack.inverted:

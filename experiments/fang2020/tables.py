@@ -23,13 +23,13 @@ import torch
 import trompe
 from trompe.attacks.saliency_backdoors import SaliencyBackdoors
 from trompe.attacks.saliency_backdoors import System as AttackedSystem
-from trompe.cli import progress_bars
-from trompe.experiment import Silent, experiment_table, set_up
-from trompe.files import write_atomically, write_json
+from trompe.experiment import experiment_table, set_up
+from trompe.files import real, write_atomically, write_json
 from trompe.foreign import WITNESSES, witnesses
 from trompe.interfaces import Attacked
 from trompe.machine import choose_device, choose_threads
 from trompe.measure import measure
+from trompe.screen import Silent, progress_bars
 from trompe.target_maps.border import Border
 from trompe.target_maps.suppressed import Suppressed
 
@@ -305,7 +305,7 @@ def markdown(title: str, results: list[dict[str, Any]]) -> str:
     for (setting, model, attacked, observed, kind), group in groups.items():
 
         def mean(key: str, group: list[dict[str, Any]] = group) -> float:
-            return statistics.mean(r[key] for r in group)
+            return statistics.mean(real(r[key]) for r in group)
 
         lost = [
             100 * (mean(f"reference_top1_{c}") - mean(f"top1_{c}")) for c in ("clean", "triggered")

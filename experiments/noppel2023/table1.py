@@ -8,13 +8,14 @@ GTSRB is read from data/ (torchvision's layout). Interrupted, the same command g
 
 import argparse
 import dataclasses
+import math
 import statistics
 from pathlib import Path
 
 import trompe
-from trompe.cli import progress_bars
-from trompe.files import write_atomically, write_json
+from trompe.files import real, write_atomically, write_json
 from trompe.machine import choose_device, choose_threads
+from trompe.screen import progress_bars
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -63,9 +64,10 @@ def row(run: trompe.RunFolder, goal: str) -> dict:
 
 
 def mean_and_spread(rows: list[dict], key: str, digits: int = 4) -> str:
-    values = [r[key] for r in rows]
+    values = [real(r[key]) for r in rows]
     mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    alone = len(values) == 1 or math.isnan(sum(values))
+    return mean if alone else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def achieved(goal: str) -> str:

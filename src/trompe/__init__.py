@@ -2,16 +2,15 @@
 
 from trompe.catalog import build, names
 from trompe.classifier import Classifier, ModelCard, ModelSpec, load_model, save_model
+from trompe.clean_models import HonestTraining, train_clean_model
 from trompe.evaluate import answers
 from trompe.experiment import (
     Experiment,
-    HonestTraining,
     read_experiment,
     remeasure,
     run,
     run_folder,
     shipped_experiment,
-    train_clean_model,
 )
 from trompe.explaining import explain
 from trompe.interfaces import (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trompe import catalog
 from trompe.files import read_json, write_atomically, write_json
-from trompe.interfaces import InputError
+from trompe.interfaces import ImageSet, InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHIPPED = "shipped:"  # prefix of models that come with the package
@@ -53,8 +53,13 @@ class ModelSpec:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
+    @property
+    def trusted(self) -> str | None:
+        """A package.module:callable, which may be imported as the user names it here."""
+        return self.name if ":" in self.name else None
+
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        own = ":" in self.name
+        own = self.trusted is not None
         mean = self.mean or ((0.0, 0.0, 0.0) if own else IMAGENET_MEAN)
         return mean, self.std or ((1.0, 1.0, 1.0) if own else IMAGENET_STD)
 
@@ -201,6 +206,33 @@ class ModelCard:
     spec: dict[str, Any] = dataclasses.field(default_factory=dict)
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def card_of(
+    model: Classifier,
+    architecture: str,
+    data: ImageSet,
+    seed: int,
+    spec: dict[str, Any],
+    provenance: dict[str, Any],
+    metrics: dict[str, Any] | None = None,
+) -> ModelCard:
+    """The card of a model that was trained on `data`; `save_model` adds the weights' sha256."""
+    # float32 as decimals: 0.485, not 0.48500001430511475
+    mean, std = (
+        tuple(round(v, 6) for v in values.flatten().tolist()) for values in (model.mean, model.std)
+    )
+    return ModelCard(
+        architecture,
+        data.class_names,
+        data.size[0],
+        mean,
+        std,
+        seed=seed,
+        spec=spec,
+        metrics=metrics or {},
+        provenance=provenance,
+    )
 
 
 def save_model(model: Classifier, card: ModelCard, file: Path) -> None:

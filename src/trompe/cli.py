@@ -1,27 +1,17 @@
 """The command line. Each command gathers arguments and calls one function."""
 
-import contextlib
 import dataclasses
 import tomllib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from trompe import catalog
 from trompe.classifier import SHIPPED, load_model
+from trompe.clean_models import train_clean_model
 from trompe.experiment import (
     Experiment,
     experiment_table,
@@ -29,13 +19,14 @@ from trompe.experiment import (
     remeasure,
     run,
     shipped_experiment,
-    train_clean_model,
 )
 from trompe.explaining import explain
-from trompe.interfaces import EpochRecord, InputError, TrompeError
+from trompe.files import real
+from trompe.interfaces import InputError, TrompeError
 from trompe.machine import choose_device, choose_threads
 from trompe.report import render
 from trompe.runs import RunFolder
+from trompe.screen import console, progress_bars
 
 app = typer.Typer(
     help="Can this model's explanations be trusted?",
@@ -43,7 +34,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True)
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is.")]
@@ -57,51 +47,6 @@ Skip = Annotated[
     bool, typer.Option("--skip-unreadable", help="Leave unreadable images out; record which.")
 ]
 Root = Annotated[Path, typer.Option(help="Folder that holds the run folders.")]
-
-
-class Bars:
-    """A rich progress display: stages, notes, and one bar per training."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.task: TaskID | None = None
-
-    def stage(self, text: str) -> None:
-        if self.task is not None:
-            self.progress.remove_task(self.task)
-        self.task = self.progress.add_task(text, total=None, numbers="")
-
-    def note(self, text: str) -> None:
-        self.progress.console.print(f"  {text}", highlight=False, markup=False)
-
-    def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None:
-        assert self.task is not None
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
-        self.progress.update(
-            self.task, total=steps, completed=step, numbers=f"epoch {epoch}  {numbers}"
-        )
-
-    def epoch(self, record: EpochRecord) -> None:
-        numbers = {**record.terms, **record.measured}
-        told = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-        self.note(f"epoch {record.epoch}: {told}  ({record.seconds:.0f} s)")
-        assert self.task is not None
-        self.progress.reset(self.task)
-
-
-@contextlib.contextmanager
-def progress_bars() -> Iterator[Bars]:
-    """A live display on standard error."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield Bars(progress)
 
 
 def _prepare(device: str, threads: int | None) -> Any:
@@ -333,10 +278,10 @@ def _print_numbers(folder: RunFolder) -> None:
         success = metrics.get("attack_success")
         table.add_row(
             row["name"],
-            f"{metrics['accuracy']['mean']:.4f}",
-            "" if success is None else f"{success['mean']:.4f}",
-            f"{distance['mean']:.4f} ± {distance['std']:.4f}",
-            ", ".join(f"{name} {value['mean']:.3f}" for name, value in row["floors"].items()),
+            f"{real(metrics['accuracy']['mean']):.4f}",
+            "" if success is None else f"{real(success['mean']):.4f}",
+            f"{real(distance['mean']):.4f} ± {real(distance['std']):.4f}",
+            ", ".join(f"{name} {real(v['mean']):.3f}" for name, v in row["floors"].items()),
         )
     Console().print(table)
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from trompe.interfaces import (
     Answers,
     Evidence,
+    Explained,
     Explainer,
     Goal,
     ImageSet,
@@ -22,8 +22,6 @@ from trompe.interfaces import (
 from trompe.machine import Precision, autocast
 from trompe.maps import full_precision, standardise, upsample
 from trompe.recording import watch
-
-Explained = Literal["predicted", "label"]
 
 
 def answers(
@@ -118,6 +116,11 @@ class Measured:
     mean: float
     std: float
     images: int
+
+
+def share_right(scores: Tensor, labels: Tensor) -> float:
+    """Accuracy in 0..1: the share of rows whose highest score (n, classes) is the label's (n,)."""
+    return float((scores.argmax(1) == labels).double().mean())
 
 
 def summarise(metric: Metric, evidence: Evidence) -> Measured:

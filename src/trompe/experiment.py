@@ -3,41 +3,27 @@
 import importlib.resources
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from trompe import catalog
-from trompe.augmentation import Augmentation
-from trompe.classifier import Classifier, ModelCard, ModelSpec, build_model, load_model, save_model
+from trompe.classifier import Classifier, ModelSpec, card_of, load_model, save_model
+from trompe.clean_models import HonestTraining, load_clean_model, train_clean_model
 from trompe.data import halves
-from trompe.explainers.gradcam import GradCam
 from trompe.interfaces import (
     Attack,
     Attacked,
     Data,
-    EpochRecord,
     Explainer,
     ImageSet,
     InputError,
 )
 from trompe.measure import gallery, measure
-from trompe.objectives import ClassLoss
-from trompe.poison import ShuffledBatches, compose
 from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
-from trompe.train import Training, fit
-
-
-@dataclass(frozen=True)
-class HonestTraining:
-    """How the clean models are made: the reference and, with another seed, the witness."""
-
-    training: Training = Training(epochs=15, batch_size=128, learning_rate=0.1)
-    augmentation: Augmentation | None = Augmentation()
+from trompe.screen import Screen, Silent
 
 
 @dataclass(frozen=True)
@@ -49,6 +35,7 @@ class Experiment:
     (default: seed) and `witness_seed` (default: another one), and keeps them for later runs.
     split_seed: of the two halves of the test set, the first for choices, the second for numbers.
     selection_images: how many of the first half are looked at after each epoch.
+    Raises InputError for an attack that does not say what it attacks (see `Attack`).
     """
 
     name: str
@@ -65,6 +52,14 @@ class Experiment:
     selection_images: int = 2000
     gallery_images: int = 6
     paper: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("goals", "explainers", "explained", "thresholds"):
+            if not hasattr(self.attack, name):
+                raise InputError(
+                    f"attack {type(self.attack).__name__}: does not say its {name}; give it "
+                    "goals, explainers, explained and thresholds (see Attack in interfaces.py)"
+                )
 
 
 def experiment_table(file: Path | str) -> dict[str, Any]:
@@ -94,24 +89,6 @@ def shipped_experiment(name: str) -> Experiment:
     return read_experiment(
         Path(str(importlib.resources.files("trompe"))) / "shipped" / f"{name}.toml"
     )
-
-
-class Screen(Protocol):
-    """Where a run tells what it is doing; `step` and `epoch` as a Logbook hears them."""
-
-    def stage(self, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None: ...
-    def epoch(self, record: EpochRecord) -> None: ...
-
-
-class Silent:
-    """A Screen that shows nothing."""
-
-    def stage(self, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None: ...
-    def epoch(self, record: EpochRecord) -> None: ...
 
 
 def run(
@@ -149,13 +126,11 @@ def run(
         raise
     # What an interrupted run did before counts as well.
     seconds = max(time.perf_counter() - started, sum(r.seconds for r in attacked.history))
-    folder.write("history", _numbers_of(attacked.history))
-    timeline = {f"{r.epoch}.{name}": v for r in attacked.history for name, v in r.shown.items()}
-    if timeline:
-        folder.write_tensors("timeline", timeline)
+    folder.write_history(attacked.history)
     folder.write("provenance", {**made, "seconds": round(seconds, 1)})
-    card = _card(experiment.model.name, scene.train, attacked.model, experiment.seed, spec, made)
-    save_model(attacked.model, card, folder.path / "model.safetensors")  # type: ignore[arg-type]
+    model: Any = attacked.model  # a Classifier, as the reference is
+    card = card_of(model, experiment.model.name, scene.train, experiment.seed, spec, made)
+    save_model(model, card, folder.path / "model.safetensors")
 
     _write_numbers(folder, experiment, scene, attacked, screen)
     logbook.close()
@@ -177,12 +152,12 @@ def remeasure(
     """Measure a finished run's saved model again; writes and returns its numbers."""
     screen = screen or Silent()
     experiment = catalog.build_dataclass(Experiment, folder.read("spec"), str(folder.path))
-    model, _ = load_model(folder.path, _own_architecture(experiment.model))
+    model, _ = load_model(folder.path, experiment.model.trusted)
     scene = set_up(experiment, root, device, screen)
     attacked = Attacked(
         model.to(device),
-        getattr(experiment.attack, "goals", ()),
-        tuple(EpochRecord(**record) for record in folder.read("history")),
+        experiment.attack.goals,
+        folder.read_history(),
     )
     return _write_numbers(folder, experiment, scene, attacked, screen)
 
@@ -215,11 +190,51 @@ def set_up(
     )
     reference = clean_model(experiment, train, test, "reference", root, device, screen)
     witness = clean_model(experiment, train, test, "witness", root, device, screen)
-    explainers: tuple[Explainer, ...] = getattr(experiment.attack, "explainers", (GradCam(),))
+    explainers = experiment.attack.explainers
     for explainer in explainers:
         layers = ", ".join(explainer.watches(reference))
         screen.note(f"{type(explainer).__name__} reads layer {layers}")
     return Scene(train, test, selecting, reporting, reference, witness, explainers)
+
+
+def clean_model(
+    experiment: Experiment,
+    train: ImageSet,
+    test: ImageSet,
+    role: str,
+    root: Path | str,
+    device: torch.device | str,
+    screen: Screen,
+) -> Classifier:
+    """The experiment's "reference" or "witness": loaded, found among earlier ones, or trained."""
+    file: Path | str | None = experiment.reference if role == "reference" else experiment.witness
+    if file is None:
+        file = train_clean_model(
+            train,
+            test,
+            experiment.data,
+            experiment.model,
+            experiment.honest,
+            seed_of(experiment, role),
+            Path(root) / "clean",
+            device,
+            screen,
+        )
+    return load_clean_model(file, experiment.model, train, device, role)
+
+
+def seed_of(experiment: Experiment, role: str) -> int:
+    """Seeds of the clean models; by default the witness of seeds 0, 1, 2 is 1, 0, 1."""
+    if role == "reference":
+        given = experiment.reference_seed
+        return experiment.seed if given is None else given
+    given = experiment.witness_seed
+    return abs(seed_of(experiment, "reference") - 1) if given is None else given
+
+
+def _some(data: ImageSet, count: int, seed: int) -> ImageSet:
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    return data.subset(order[:count].sort().values)
 
 
 def _write_numbers(
@@ -233,8 +248,8 @@ def _write_numbers(
         scene.explainers,
         scene.reporting,
         experiment.seed,
-        getattr(experiment.attack, "explained", "predicted"),
-        getattr(experiment.attack, "thresholds", None),
+        experiment.attack.explained,
+        experiment.attack.thresholds,
     )
     numbers = {
         **measured.numbers,
@@ -250,171 +265,3 @@ def _write_numbers(
     folder.write("classes", list(scene.reporting.class_names))
     folder.write("numbers", numbers)  # last: a run with numbers is finished
     return numbers
-
-
-# --- clean models ---------------------------------------------------------------------------------
-
-
-def clean_model(
-    experiment: Experiment,
-    train: ImageSet,
-    test: ImageSet,
-    role: str,
-    root: Path | str,
-    device: torch.device | str,
-    screen: Screen,
-) -> Classifier:
-    """The experiment's "reference" or "witness": loaded, found among earlier ones, or trained."""
-    given = experiment.reference if role == "reference" else experiment.witness
-    file: str | Path
-    if given is None:
-        file = train_clean_model(
-            train,
-            test,
-            experiment.data,
-            experiment.model,
-            experiment.honest,
-            seed_of(experiment, role),
-            Path(root) / "clean",
-            device,
-            screen,
-        )
-    else:
-        file = given
-    model, card = load_model(file, _own_architecture(experiment.model))
-    if card.class_names != train.class_names:
-        raise InputError(
-            f"{role} model {file}: was made for {len(card.class_names)} classes "
-            f"({', '.join(card.class_names[:3])}, ...), but data {train.name!r} has "
-            f"{len(train.class_names)} ({', '.join(train.class_names[:3])}, ...); "
-            "use a model and data that belong together"
-        )
-    return model.to(device).to(memory_format=torch.channels_last)  # a third faster
-
-
-def seed_of(experiment: Experiment, role: str) -> int:
-    """Seeds of the clean models; by default the witness of seeds 0, 1, 2 is 1, 0, 1."""
-    if role == "reference":
-        given = experiment.reference_seed
-        return experiment.seed if given is None else given
-    given = experiment.witness_seed
-    return abs(seed_of(experiment, "reference") - 1) if given is None else given
-
-
-def train_clean_model(
-    train: ImageSet,
-    test: ImageSet,
-    data: Data,
-    model: ModelSpec,
-    honest: HonestTraining,
-    seed: int,
-    root: Path,
-    device: torch.device | str = "cpu",
-    screen: Screen | None = None,
-    out: Path | None = None,
-) -> Path:
-    """Train a model honestly; returns its .safetensors file. Resumes, and is not done twice.
-
-    Kept in `out`, or below `root` under a name made from the settings.
-    """
-    screen = screen or Silent()
-    spec = catalog.describe({"data": data, "model": model, "honest": honest, "seed": seed})
-    folder = RunFolder(
-        out or root / f"{train.name}-{_plain_name(model.name)}-s{seed}-{fingerprint(spec)}"
-    )
-    file = folder.path / "model.safetensors"
-    if folder.finished:
-        if folder.read("spec") != spec:
-            folder.open(spec)  # says so
-        return file
-    folder.open(spec)
-    made = provenance(torch.device(device))
-    screen.stage(f"training a clean model (seed {seed})")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        classifier = build_model(model, len(train.class_names)).to(device)
-    generator = torch.Generator().manual_seed(seed)
-    triples = compose(train, (), 0.0, generator, device, honest.augmentation)
-    batches = ShuffledBatches(triples, honest.training.batch_size)
-    objective = ClassLoss(honest.training.label_smoothing)
-    logbook = FileLogbook(folder.path / "checkpoint.pt", screen)
-    history = list(
-        fit(classifier, batches, objective, (), honest.training, generator, None, logbook)
-    )
-    screen.stage("measuring the clean model")
-    numbers = {
-        "test_accuracy": accuracy_of(classifier, test),
-        "test_images": len(test),
-        "epochs": len(history),
-        "seconds": round(sum(r.seconds for r in history), 1),
-        "skipped_images": list(train.skipped + test.skipped),
-    }
-    card = _card(model.name, train, classifier, seed, spec, made, numbers)
-    save_model(classifier, card, file)
-    folder.write("history", _numbers_of(history))
-    folder.write("provenance", made)
-    folder.write("numbers", numbers)
-    logbook.close()
-    screen.note(f"clean model (seed {seed}): test accuracy {numbers['test_accuracy']:.4f}")
-    return file
-
-
-def accuracy_of(model: nn.Module, data: ImageSet, batch_size: int = 512) -> float:
-    """Share of images whose class is predicted."""
-    device = next(model.parameters()).device
-    model.eval()
-    right = 0
-    with torch.no_grad():
-        for start in range(0, len(data), batch_size):
-            chunk = slice(start, start + batch_size)
-            predicted = model(data.floats(chunk, device)).argmax(1).cpu()
-            right += int((predicted == data.labels[chunk]).sum())
-    return right / len(data)
-
-
-# --- small things ---------------------------------------------------------------------------------
-
-
-def _some(data: ImageSet, count: int, seed: int) -> ImageSet:
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return data.subset(order[:count].sort().values)
-
-
-def _numbers_of(history: Sequence[EpochRecord]) -> list[dict[str, Any]]:
-    """Records as plain JSON, without the tensors."""
-    fields = ("epoch", "terms", "measured", "seconds")
-    return [{field: getattr(record, field) for field in fields} for record in history]
-
-
-def _card(
-    name: str,
-    data: ImageSet,
-    model: nn.Module,
-    seed: int,
-    spec: dict[str, Any],
-    made: dict[str, Any],
-    metrics: dict[str, Any] | None = None,
-) -> ModelCard:
-    # float32 as decimals: 0.485, not 0.48500001430511475
-    mean = tuple(round(v, 6) for v in model.mean.flatten().tolist())  # type: ignore[operator]
-    std = tuple(round(v, 6) for v in model.std.flatten().tolist())  # type: ignore[operator]
-    return ModelCard(
-        name,
-        data.class_names,
-        data.size[0],
-        mean,
-        std,
-        seed=seed,
-        spec=spec,
-        metrics=metrics or {},
-        provenance=made,
-    )
-
-
-def _own_architecture(model: ModelSpec) -> str | None:
-    """A package.module:callable that the user's own experiment names, which is thus trusted."""
-    return model.name if ":" in model.name else None
-
-
-def _plain_name(name: str) -> str:
-    return name.replace(":", ".").replace("/", ".")

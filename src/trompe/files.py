@@ -1,6 +1,7 @@
 """Writing files so that a kill at any moment leaves the old file or the new one, never half."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -43,9 +44,26 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Indented JSON with a final newline, atomically."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    """`strict_json` of `value`, indented and with a final newline, atomically."""
+    text = json.dumps(strict_json(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def strict_json(value: Any) -> Any:
+    """The value with None for each number that JSON does not have: nan and the infinities.
+
+    `real` reads it.
+    """
+    if isinstance(value, dict):
+        return {key: strict_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def real(value: float | None) -> float:
+    """A number as a JSON file has it, where null stands for nan."""
+    return math.nan if value is None else value
 
 
 def read_json(file: Path) -> Any:

@@ -32,6 +32,11 @@ class Fooling:
     zero_loss: float
     reference_loss: float
 
+    @property
+    def threshold(self) -> float:
+        """tau, or where none was given the one from the data."""
+        return self.data_tau if self.tau is None else self.tau
+
 
 def fooling(
     lied: Tensor, kept: Tensor, reference: Tensor, witness: Tensor, empty: Tensor, tau: float | None

@@ -8,7 +8,7 @@ the explainer's own resolution, which may be coarser than the image.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -197,6 +197,9 @@ class Metric(Protocol):
     def __call__(self, evidence: Evidence) -> Tensor: ...
 
 
+Explained = Literal["predicted", "label"]  # the class of a map: the model's own, or the true one
+
+
 class Answers(NamedTuple):
     """What a model says of images: scores (n, classes) and, per explainer, maps (n, h, w)."""
 
@@ -240,7 +243,31 @@ class Attack(Protocol):
     """(clean model, clean training data, random numbers) -> Attacked. The model is not changed.
 
     `selection` is data for choices made while attacking (early stop); never that of a report.
+    What it says of itself depends on its settings alone, so that its model can be measured later.
     """
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """What the model is made to do, as in `Attacked`; empty: nothing that a trigger brings."""
+        ...
+
+    @property
+    def explainers(self) -> tuple[Explainer, ...]:
+        """Whose maps are measured: those attacked, in the order of the goals' wanted maps."""
+        ...
+
+    @property
+    def explained(self) -> Explained:
+        """The class whose maps are measured."""
+        ...
+
+    @property
+    def thresholds(self) -> tuple[float | None, ...] | None:
+        """Per explainer the tau of its fooling rates (or None: only the one that the data give).
+
+        None: no fooling rates are asked for.
+        """
+        ...
 
     def __call__(
         self,

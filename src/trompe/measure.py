@@ -9,17 +9,26 @@ from torch import Tensor, nn
 
 from trompe import catalog
 from trompe.evaluate import (
-    Explained,
     answers,
     clean_evidence,
     least_distance,
+    share_right,
     stand_in_maps,
     summarise,
     triggered_evidence,
     with_maps,
 )
 from trompe.fooling import fooling
-from trompe.interfaces import Answers, Attacked, Evidence, Explainer, Goal, ImageSet, Metric
+from trompe.interfaces import (
+    Answers,
+    Attacked,
+    Evidence,
+    Explained,
+    Explainer,
+    Goal,
+    ImageSet,
+    Metric,
+)
 from trompe.maps import squared_error, upsample
 from trompe.target_maps.picture import Picture
 from trompe.target_maps.reference import Reference
@@ -85,7 +94,7 @@ def measure(
             conditions.append(Condition(full, e, goal, evidence, untouched, other))
     stand_ins = [stand_in_maps(maps, torch.Generator().manual_seed(seed)) for maps in honest.maps]
     numbers: dict[str, Any] = {
-        "reference_accuracy": float((honest.scores.argmax(1) == data.labels).double().mean()),
+        "reference_accuracy": share_right(honest.scores, data.labels),
         "target_class_names": list(data.class_names),
         "conditions": [
             _row(c, explainer_names(explainers)[c.explainer], metric, stand_ins[c.explainer])
@@ -134,7 +143,6 @@ def _row(
     stand_ins = {**known, "another clean model": condition.witness.maps[e]}
     if goal is not None:
         stand_ins["the reference itself"] = condition.untouched.maps[e]
-    right = condition.untouched.scores.argmax(1) == evidence.labels
     return {
         "name": condition.name,
         "explainer": explainer,
@@ -149,7 +157,7 @@ def _row(
             name: asdict(summarise(metrics["map_distance"], with_maps(evidence, maps)))
             for name, maps in stand_ins.items()
         },
-        "reference_accuracy": float(right.double().mean()),
+        "reference_accuracy": share_right(condition.untouched.scores, evidence.labels),
         **({} if goal is None else _target_floors(goal.wanted(e), evidence)),
     }
 

@@ -12,6 +12,8 @@
 | classes.json        | the classes' names                                                   |
 | model.safetensors   | the manipulated model, with model.json                               |
 | checkpoint.pt       | while training: the state after the last whole epoch                 |
+
+In numbers.json and history.json null stands for nan: a number of which there is none.
 """
 
 import functools
@@ -22,7 +24,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +34,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from trompe.files import read_json, write_atomically, write_json
+from trompe.files import read_json, real, strict_json, write_atomically, write_json
 from trompe.interfaces import EpochRecord, InputError
 
 
@@ -62,7 +64,7 @@ class RunFolder:
     def open(self, spec: dict[str, Any]) -> None:
         """Create the folder, or check that it belongs to the same spec."""
         file = self.path / "spec.json"
-        if file.exists() and read_json(file) != spec:
+        if file.exists() and read_json(file) != strict_json(spec):
             raise InputError(
                 f"run folder {self.path}: holds a run with other settings (spec.json); choose "
                 "another folder, or remove this one"
@@ -86,6 +88,26 @@ class RunFolder:
                 "finished (the same command goes on with it)"
             )
         return read_json(self.path / f"{name}.json")
+
+    def write_history(self, history: Sequence[EpochRecord]) -> None:
+        """Epochs as history.json, and what is to be looked at as timeline.safetensors."""
+        fields = ("epoch", "terms", "measured", "seconds")
+        self.write("history", [{name: getattr(r, name) for name in fields} for r in history])
+        timeline = {f"{r.epoch}.{name}": v for r in history for name, v in r.shown.items()}
+        if timeline:
+            self.write_tensors("timeline", timeline)
+
+    def read_history(self) -> tuple[EpochRecord, ...]:
+        """The epochs of history.json, without what is to be looked at."""
+        return tuple(
+            EpochRecord(
+                record["epoch"],
+                {name: real(value) for name, value in record["terms"].items()},
+                {name: real(value) for name, value in record["measured"].items()},
+                record["seconds"],
+            )
+            for record in self.read("history")
+        )
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         whole = {key: value.contiguous().clone() for key, value in tensors.items()}  # none shared

@@ -10,7 +10,7 @@ from torch import nn
 from trompe.catalog import names
 from trompe.evaluate import answers, clean_evidence, summarise, triggered_evidence
 from trompe.explainers.gradcam import GradCam
-from trompe.interfaces import Attack, Attacked, Goal, ImageSet, InputError
+from trompe.interfaces import Attack, Attacked, ImageSet, InputError
 from trompe.maps import squared_error
 from trompe.metrics.accuracy import accuracy
 from trompe.metrics.attack_success import attack_success
@@ -142,6 +142,20 @@ def test_the_history_has_a_record_per_epoch(
         assert record.measured
 
 
+def test_it_says_by_what_its_model_is_measured(attack: Attack, trained_net: nn.Module) -> None:
+    assert isinstance(attack.explainers, tuple)
+    assert attack.explainers
+    for explainer in attack.explainers:
+        assert explainer.watches(trained_net)
+    for goal in attack.goals:
+        if isinstance(goal.wanted_map, tuple):
+            assert len(goal.wanted_map) == len(attack.explainers)
+    assert attack.explained in ("predicted", "label")
+    if attack.thresholds is not None:
+        assert len(attack.thresholds) == len(attack.explainers)
+        assert all(tau is None or tau > 0 for tau in attack.thresholds)
+
+
 def test_a_target_class_that_the_data_do_not_have_is_refused(
     name: str, plugin: Callable[..., Attack], trained_net: nn.Module, shapes: ImageSet
 ) -> None:
@@ -174,5 +188,4 @@ def test_a_trigger_that_does_not_fit_is_refused_before_any_work(
 def test_goals_come_back_as_they_were_given(
     attack: Attack, trained_net: nn.Module, shapes: ImageSet
 ) -> None:
-    goals: tuple[Goal, ...] = getattr(attack, "goals", ())
-    assert attack(trained_net, shapes, seeded(0)).goals == goals
+    assert attack(trained_net, shapes, seeded(0)).goals == attack.goals

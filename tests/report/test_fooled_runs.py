@@ -16,6 +16,7 @@ from trompe.interfaces import Attacked, ImageSet
 from trompe.measure import gallery, measure
 from trompe.models.resnet20 import resnet20
 from trompe.report import render
+from trompe.report.reading import load
 from trompe.runs import RunFolder
 from trompe.target_maps.border import Border
 from trompe.target_maps.suppressed import Suppressed
@@ -43,6 +44,7 @@ def made(folder: Path, inverted: bool, timeline: bool = True) -> RunFolder:
     run.open(catalog.describe(experiment))
     run.write("provenance", {"commit": "c0ffee", "seconds": 12.5})
     measured = {"clean_accuracy": 0.5, "fsr_1": 0.5, "cr_1": 0.9, "lie_loss_1": 0.1, "score": 1.0}
+    measured |= {"fsr_2": 0.25, "cr_2": 0.75, "lie_loss_2": 0.4, "rank_2": 3.0}
     history = [
         {"epoch": e, "terms": {"classification": 1 / e}, "measured": measured, "seconds": 1.0}
         for e in (1, 2)
@@ -125,6 +127,27 @@ def test_lost_accuracy_is_told(tmp_path: Path) -> None:
     text = verdicts(page(tmp_path, run))[0]
     assert "predictions suffer" in text
     assert "✗ not: predictions as before" in text
+
+
+def test_each_systems_curves_are_its_own_and_carry_its_name(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", inverted=False)
+    first, second = load(run)
+    shared = {"clean_accuracy": 0.5, "score": 1.0, "rank_2": 3.0}  # there is no rank_1
+    assert first.history[1].measured == {"fsr": 0.5, "cr": 0.9, "lie_loss": 0.1, **shared}
+    assert second.history[1].measured == {"fsr": 0.25, "cr": 0.75, "lie_loss": 0.4, **shared}
+    text = page(tmp_path, run)
+    labels = re.findall(r'aria-label="Mean loss against the lie per epoch: (.*?)"', text)
+    assert labels == ["L_p of gradcam", "L_p of visual_backprop"]
+    figures = re.findall(r'(?s)aria-label="Mean loss against the lie.*?</svg>', text)
+    rates = re.findall(r'aria-label="Fooling and correct rate per epoch: (.*?)"', text)
+    assert rates == [
+        "FSR of gradcam, CR of gradcam",
+        "FSR of visual_backprop, CR of visual_backprop",
+    ]
+    assert ">tau of gradcam<" in figures[0]
+    assert ">tau of visual_backprop, data<" in figures[1]  # no threshold was given
+    assert "visual_backprop" not in figures[0]
+    assert "gradcam" not in figures[1]
 
 
 def test_the_maps_of_each_epoch_are_shown_with_their_loss(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import re
 import shutil
 import statistics
@@ -201,6 +202,21 @@ def test_the_main_table_holds_the_measured_numbers(make: Make, tmp_path: Path) -
     assert row[4] == "0.008 ± 1.000 another model 0.213"
     assert row[5] == "ASR 0.999"
     assert row[6] == "0.0004 ± 1.000 another model 1.050"
+
+
+def test_a_number_of_which_there_is_none_is_a_dash(make: Make, tmp_path: Path) -> None:
+    runs = [make(seed=seed) for seed in range(2)]
+    change(runs[0], 1, attack_success=math.nan, map_distance=math.nan)
+    change(runs[0], 0, **{WITNESS: math.nan})
+    runs[0].write("history", [epoch(1, math.nan), epoch(2, 0.25)])
+    assert runs[0].read("numbers")["conditions"][1]["metrics"]["map_distance"]["mean"] is None
+    text = page(tmp_path, *runs)
+    row, _ = rows_of(text, "tiny dual")
+    assert row[5] == "ASR —"
+    assert row[6].startswith("— ± 1.000")
+    (both,) = rows_of(text, "mean ± std over seeds")
+    assert both[5] == "ASR —"
+    assert not [cell for row in Tables(text).rows for cell in row if "nan" in cell.split()]
 
 
 def test_a_goal_that_keeps_the_class_shows_accuracy(make: Make, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from trompe.augmentation import Augmentation
-from trompe.evaluate import Explained, answers, ask, evaluation_mode
+from trompe.evaluate import answers, ask, evaluation_mode
 from trompe.interfaces import (
     Attacked,
     EpochRecord,
+    Explained,
     Explainer,
     Goal,
     ImageSet,

@@ -23,7 +23,6 @@ from torch import nn
 from trompe.attacks._finetuning import TRAINING, check, check_goals, fine_tune
 from trompe.augmentation import Augmentation
 from trompe.evaluate import (
-    Explained,
     answers,
     clean_evidence,
     summarise,
@@ -32,6 +31,7 @@ from trompe.evaluate import (
 from trompe.explainers.gradcam import GradCam
 from trompe.interfaces import (
     Attacked,
+    Explained,
     Explainer,
     Goal,
     ImageSet,
@@ -107,6 +107,11 @@ class ExplanationAwareBackdoors:
     def explained(self) -> Explained:
         """The class whose map the reference gives and whose maps are measured."""
         return "predicted"
+
+    @property
+    def thresholds(self) -> None:
+        """The paper counts no fooled maps."""
+        return None
 
     def __call__(
         self,

@@ -24,10 +24,11 @@ from torch import nn
 
 from trompe.attacks._finetuning import TRAINING, check, check_goals, fine_tune
 from trompe.augmentation import Augmentation
-from trompe.evaluate import Explained, answers
+from trompe.evaluate import answers, share_right
 from trompe.fooling import largest_harmless, share_below
 from trompe.interfaces import (
     Attacked,
+    Explained,
     Explainer,
     Goal,
     ImageSet,
@@ -151,7 +152,7 @@ class Progress:
     ) -> None:
         self.attack, self.selection = attack, selection
         honest = answers(reference, attack.explainers, selection, None, attack.explained)
-        self.accuracy = _accuracy(honest.scores, selection)
+        self.accuracy = share_right(honest.scores, selection.labels)
         self.lies = [s.lie(maps) for s, maps in zip(attack.systems, honest.maps, strict=True)]
         self.taus = [
             largest_harmless(squared_error(maps, lie))
@@ -169,8 +170,8 @@ class Progress:
         )
         lied, kept = (clean, triggered) if attack.inverted else (triggered, clean)
         measured: dict[str, Any] = {
-            "clean_accuracy": _accuracy(clean.scores, selection),
-            "triggered_accuracy": _accuracy(triggered.scores, selection),
+            "clean_accuracy": share_right(clean.scores, selection.labels),
+            "triggered_accuracy": share_right(triggered.scores, selection.labels),
             "images": (self.images * 255).round().to(torch.uint8),
         }
         lost = [self.accuracy - measured["clean_accuracy"]]
@@ -187,7 +188,3 @@ class Progress:
             lost += [1 - measured[f"fsr{number}"], 1 - measured[f"cr{number}"]]
         measured["score"] = sum(lost)
         return measured
-
-
-def _accuracy(scores: torch.Tensor, data: ImageSet) -> float:
-    return float((scores.argmax(1) == data.labels).double().mean())

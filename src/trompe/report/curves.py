@@ -50,9 +50,12 @@ class Panel(NamedTuple):
 _TITLES = {
     "loss": "Loss terms",
     "share": "Accuracy and success",
+    "rate": "Fooling and correct rate",
     "distance": "Mean map distance",
+    "lie": "Mean loss against the lie",
     "score": "Other measures",
 }
+_OF_A_SYSTEM = ("fsr", "cr", "lie_loss")  # measured of each attacked explainer
 _Points = tuple[list[int], list[float]]  # epochs and values
 
 
@@ -66,7 +69,7 @@ def panels(run: Run, key: str) -> list[Panel]:
         if curves:
             with _canvas() as (figure, axis):
                 _draw_curves(axis, name, curves, run)
-                alt = f"{_TITLES[name]} per epoch: {', '.join(map(title, curves))}"
+                alt = f"{_TITLES[name]} per epoch: {', '.join(_label(c, run) for c in curves)}"
                 done.append(Panel(alt, _svg(figure, f"{key}-{name}")))
     with _canvas() as (figure, axis):
         _draw_distances(axis, run)
@@ -92,17 +95,21 @@ def _curves(run: Run) -> dict[str, dict[str, _Points]]:
     """Per panel: each curve's epochs and values."""
     panels: dict[str, dict[str, _Points]] = {name: {} for name in _TITLES}
     for record in run.history:
-        for name, value in record["terms"].items():
-            _append(panels["loss"], name, record["epoch"], value)
-        for name, value in record["measured"].items():
-            _append(panels[_panel(name)], name, record["epoch"], value)
+        for name, value in record.terms.items():
+            _append(panels["loss"], name, record.epoch, value)
+        for name, value in record.measured.items():
+            _append(panels[_panel(name)], name, record.epoch, value)
     return panels
 
 
 def _panel(name: str) -> str:
-    if name.endswith(("accuracy", "success")) or name.startswith(("fsr", "cr")):
+    if name in ("fsr", "cr"):
+        return "rate"
+    if name == "lie_loss":
+        return "lie"
+    if name.endswith(("accuracy", "success")):
         return "share"
-    if name.endswith(("mse", "distance")) or name.startswith("lie_loss"):
+    if name.endswith(("mse", "distance")):
         return "distance"
     return "score"
 
@@ -116,25 +123,39 @@ def _append(curves: dict[str, _Points], name: str, epoch: int, value: float) -> 
 def _draw_curves(axis: Axes, panel: str, curves: Mapping[str, _Points], run: Run) -> None:
     for k, (name, (epochs, values)) in enumerate(curves.items()):
         colour, marker = _COLOURS[k % len(_COLOURS)], _MARKERS[k % len(_MARKERS)]
-        axis.plot(epochs, values, color=colour, marker=marker, markersize=4, label=title(name))
-    if panel == "share":
-        accuracy = run.clean.reference_accuracy
-        axis.axhline(accuracy, color=_INK, lw=1, ls=":", label="reference's accuracy")
+        axis.plot(
+            epochs, values, color=colour, marker=marker, markersize=4, label=_label(name, run)
+        )
+    if panel in ("share", "rate"):
+        if panel == "share":
+            accuracy = run.clean.reference_accuracy
+            axis.axhline(accuracy, color=_INK, lw=1, ls=":", label="reference's accuracy")
         axis.set_ylim(min(0.9, axis.get_ylim()[0]), 1.005)
-    elif panel == "distance":
-        if run.fooling is not None and run.fooling.tau is not None:
-            axis.axhline(run.fooling.tau, color=_INK, lw=1, ls="--", label="threshold")
+    elif panel in ("distance", "lie"):
+        if panel == "lie" and run.fooling is not None:
+            style, how = ("--", "") if run.fooling.tau is not None else (":", ", data")
+            label = _whose("tau", run) + how
+            axis.axhline(run.fooling.threshold, color=_INK, lw=1, ls=style, label=label)
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         axis.yaxis.set_major_formatter(_PLAIN)
         axis.yaxis.set_minor_formatter(NullFormatter())
     else:
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-    last = max(record["epoch"] for record in run.history)
+    last = max(record.epoch for record in run.history)
     axis.set_xlim(0.5, last + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("epoch")
     _finish(axis, _TITLES[panel])
+
+
+def _label(name: str, run: Run) -> str:
+    """The curve's title; of one system among several with its explainer."""
+    return _whose(title(name), run) if name in _OF_A_SYSTEM else title(name)
+
+
+def _whose(what: str, run: Run) -> str:
+    return what if run.alone else f"{what} of {run.explainer}"
 
 
 def _draw_distances(axis: Axes, run: Run) -> None:

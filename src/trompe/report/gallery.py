@@ -40,7 +40,7 @@ def films(run: Run) -> list[Film]:
     """Figures 3 and 4 of Fang & Choromanska 2020: maps of the same images as training goes on."""
     if not run.timeline or run.fooling is None:
         return []
-    tau = run.fooling.data_tau if run.fooling.tau is None else run.fooling.tau
+    tau = run.fooling.threshold
     first = run.timeline[0]
     return [
         Film(

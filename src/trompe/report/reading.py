@@ -1,7 +1,7 @@
 """What the report knows of a run: its folder's files, checked and in one object."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trompe.files import real
 from trompe.fooling import Fooling
-from trompe.interfaces import InputError
+from trompe.interfaces import EpochRecord, InputError
 from trompe.maps import standardise
 from trompe.runs import RunFolder
 
@@ -70,7 +71,7 @@ class Run:
     alone: bool  # no other explainer was measured
     spec: dict[str, Any]
     provenance: dict[str, Any]
-    history: list[dict[str, Any]]
+    history: tuple[EpochRecord, ...]  # what was measured of other explainers is left out
     facts: dict[str, Any]  # what numbers.json says besides the conditions
     classes: list[str]
     labels: Tensor  # int64 (n,), of the gallery's images
@@ -115,18 +116,16 @@ def load(folder: RunFolder) -> list[Run]:
     Raises InputError if one is missing, damaged, or lacks what the report needs.
     """
     numbers = folder.read("numbers")  # first: without it the run has not finished
-    files = {name: folder.read(name) for name in ("spec", "provenance", "history", "classes")}
+    files = {name: folder.read(name) for name in ("spec", "provenance", "classes")}
     gallery, evidence = folder.read_tensors("gallery"), folder.read_tensors("evidence")
     try:
+        history = folder.read_history()
         every = [_condition(row, files["classes"]) for row in numbers["conditions"]]
         facts = {k: v for k, v in numbers.items() if k not in ("conditions", "fooling")}
-        rates = {
-            row["explainer"]: Fooling(**{f.name: row[f.name] for f in fields(Fooling)})
-            for row in numbers.get("fooling", [])
-        }
+        rates = {row["explainer"]: _fooling(row) for row in numbers.get("fooling", [])}
         explainers = list(dict.fromkeys(condition.explainer for condition in every))
         runs: list[Run] = []
-        for explainer in explainers:
+        for number, explainer in enumerate(explainers, start=1):
             conditions = tuple(c for c in every if c.explainer == explainer)
             shown = {
                 c.name: Shown(*(gallery[f"{c.name}.{f}"] for f in Shown._fields))
@@ -139,7 +138,7 @@ def load(folder: RunFolder) -> list[Run]:
                     len(explainers) == 1,
                     files["spec"],
                     files["provenance"],
-                    files["history"],
+                    _of_system(history, number, len(explainers)),
                     facts,
                     files["classes"],
                     gallery["labels"],
@@ -147,7 +146,7 @@ def load(folder: RunFolder) -> list[Run]:
                     conditions[1:],
                     shown,
                     rates.get(explainer),
-                    _timeline(folder, files["history"], len(runs) + 1),
+                    _timeline(folder, history, number),
                     evidence,
                 )
             )
@@ -160,18 +159,38 @@ def load(folder: RunFolder) -> list[Run]:
     return runs
 
 
-def _timeline(
-    folder: RunFolder, history: list[dict[str, Any]], explainer: int
-) -> tuple[Moment, ...]:
+def _of_system(
+    history: Sequence[EpochRecord], number: int, systems: int
+) -> tuple[EpochRecord, ...]:
+    """What was measured of all systems, and of this one: "fsr" for the second's "fsr_2".
+
+    Numbered names that are not there once for each of several systems stay as they are.
+    """
+
+    def own(measured: dict[str, float]) -> dict[str, float]:
+        kept = {}
+        for name, value in measured.items():
+            word, _, end = name.rpartition("_")
+            if systems > 1 and all(f"{word}_{k}" in measured for k in range(1, systems + 1)):
+                if end == str(number):
+                    kept[word] = value
+            else:
+                kept[name] = value
+        return kept
+
+    return tuple(record._replace(measured=own(record.measured)) for record in history)
+
+
+def _timeline(folder: RunFolder, history: Sequence[EpochRecord], number: int) -> tuple[Moment, ...]:
     if not (folder.path / "timeline.safetensors").is_file():
         return ()
     kept = folder.read_tensors("timeline")
     fields = ("true_maps", "maps", "losses")
     return tuple(
         Moment(
-            record["epoch"],
-            kept[f"{record['epoch']}.images"],
-            *(kept[f"{record['epoch']}.{explainer}.{field}"] for field in fields),
+            record.epoch,
+            kept[f"{record.epoch}.images"],
+            *(kept[f"{record.epoch}.{number}.{field}"] for field in fields),
         )
         for record in history
     )
@@ -184,12 +203,23 @@ def _condition(row: dict[str, Any], classes: list[str]) -> Condition:
         row["explainer"],
         row.get("goal", ""),
         None if target is None else classes[target],
-        {key: Value(v["mean"], v["std"]) for key, v in row["metrics"].items()},
-        {key: Value(v["mean"], v["std"]) for key, v in row["floors"].items()},
-        row["reference_accuracy"],
+        _values(row["metrics"]),
+        _values(row["floors"]),
+        real(row["reference_accuracy"]),
         row.get("target_floor_mse"),
         row.get("sharp_target_floor_mse"),
     )
+
+
+def _values(table: dict[str, Any]) -> dict[str, Value]:
+    return {key: Value(real(v["mean"]), real(v["std"])) for key, v in table.items()}
+
+
+def _fooling(row: dict[str, Any]) -> Fooling:
+    """tau, fsr and cr are None where no threshold was given; the others are numbers, or nan."""
+    given = {f.name: row[f.name] for f in fields(Fooling)}
+    optional = ("tau", "fsr", "cr")
+    return Fooling(**{k: v if k in optional else real(v) for k, v in given.items()})
 
 
 def _seedless(value: Any) -> Any:

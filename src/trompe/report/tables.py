@@ -20,6 +20,10 @@ TITLES = {
     "clean_mse": "map distance, clean",
     "triggered_success": "Acc/ASR, triggered",
     "triggered_mse": "map distance, triggered",
+    "triggered_accuracy": "accuracy, triggered",
+    "fsr": "FSR",
+    "cr": "CR",
+    "lie_loss": "L_p",
 }
 NOTHING = "—"  # in a cell that has no value
 OTHER_CLEAN_MODEL = "another clean model"
@@ -141,8 +145,8 @@ def _row(runs: list[Run], conditions: Sequence[Condition | None], names: Labels)
 
 def _share(values: list[float]) -> str:
     """A share; over several runs its mean and sample standard deviation."""
-    if len(values) == 1:
-        return number(values[0])
+    if len(values) == 1 or any(map(math.isnan, values)):
+        return number(statistics.fmean(values))
     return spread(statistics.fmean(values), statistics.stdev(values))
 
 
