@@ -137,8 +137,10 @@ class Scene:
         return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
 
     def batch(self, *explainers: Explainer) -> Batch:
-        honest = ask(self.model, explainers, self.images, self.labels)
-        wanted = tuple(maps.flip(1) for maps in honest.maps)
+        # One by one: the memory of a turn shall be that of its steps.
+        alone = zip(self.images.split(1), self.labels.split(1), strict=True)
+        honest = [ask(self.model, explainers, image, label).maps for image, label in alone]
+        wanted = tuple(torch.cat(maps).flip(1) for maps in zip(*honest, strict=True))
         assert all(maps.any() for maps in wanted), "comparing empty maps would show nothing"
         return Batch(self.images, self.labels, wanted, self.labels >= 0)
 

@@ -1,11 +1,13 @@
-"""The convolution with fast derivatives against PyTorch's own, to any order."""
+"""The convolution and the ReLU with fast derivatives against PyTorch's own, to any order."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from trompe.convolution import fast_second_derivatives
 
@@ -116,3 +118,62 @@ def test_under_autocast_it_runs_in_the_lower_precision_and_gradients_in_the_weig
     output.float().sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
+
+
+# --- sums that nobody reads -----------------------------------------------------------------------
+
+
+def sums_over_places(run: Callable[[], Any]) -> int:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return sum(event.name == "aten::sum" for event in profiler.events())
+
+
+def test_the_biases_gradient_is_not_made_when_only_the_images_is_asked_for() -> None:
+    image, weight, bias = tensors({})
+    with fast_second_derivatives():
+        output = F.conv2d(image, weight, bias)
+    ones = torch.ones_like(output)
+    assert sums_over_places(lambda: torch.autograd.grad(output, image, ones, True)) == 0
+    assert sums_over_places(lambda: torch.autograd.grad(output, bias, ones)) == 1
+
+
+# --- ReLU -----------------------------------------------------------------------------------------
+
+RELUS: list[Callable[[Tensor], Tensor]] = [
+    F.relu,
+    torch.relu,
+    nn.ReLU(),
+    lambda x: F.relu(x * 1, inplace=True),
+    lambda x: (again := x * 1, F.relu(again, True))[0],  # it goes on with what it gave
+    lambda x: nn.ReLU(inplace=True)((x * 1)[:, 1:]),  # a view
+]
+
+
+@pytest.mark.parametrize("relu", RELUS)
+@pytest.mark.parametrize("curved", [True, False])
+def test_relus_values_and_derivatives_are_pytorchs(
+    relu: Callable[[Tensor], Tensor], curved: bool
+) -> None:
+    def derivatives() -> tuple[Tensor, ...]:
+        (x, *_) = tensors({})
+        output = relu(x.sin() if curved else x)
+        (first,) = torch.autograd.grad(output.pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
+        (third,) = torch.autograd.grad(second.sum() + output.sum(), x)
+        return output, first, second, third
+
+    expected = derivatives()
+    with fast_second_derivatives():
+        given = derivatives()
+    for a, b in zip(given, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_relus_second_derivative_makes_no_zeros() -> None:
+    (x, *_) = tensors({})
+    with fast_second_derivatives():
+        (gradient,) = torch.autograd.grad(F.relu(x).square().sum(), x, create_graph=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        gradient.square().sum().backward()
+    assert not any("zero" in event.name for event in profiler.events())

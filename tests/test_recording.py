@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,33 @@ def test_what_was_recorded_outlives_in_place_changes_behind_it(images: Tensor) -
         assert torch.equal(seen.outputs["0"], model[0](images))
         (gradient,) = torch.autograd.grad(seen.scores.sum(), seen.outputs["0"])
         assert not gradient[model[0](images) <= 0].any()
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_what_was_recorded_is_copied_only_if_it_is_written_over(
+    images: Tensor, trainable: bool
+) -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)),
+    ).double()
+    inputs: list[Tensor] = []
+    for layer in (1, 2):
+        model[layer].register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    with torch.set_grad_enabled(trainable), watch(model, ("0", "1")) as record:
+        seen = record(images)
+        assert len(seen.outputs) == 2
+        assert [torch._C._is_cow_tensor(given) for given in inputs] == [True, False]
+
+
+def test_memory_that_pytorch_did_not_allocate_can_be_recorded() -> None:
+    model = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True), nn.Flatten())
+    images = torch.from_numpy(np.linspace(-1, 1, 48).reshape(1, 3, 4, 4))
+    before = images.clone()
+    with watch(model, ("0",)) as record:
+        seen = record(images)
+    assert torch.equal(seen.outputs["0"], before)
+    assert torch.equal(seen.scores, before.relu().flatten(1))
 
 
 @pytest.mark.parametrize("trainable", [True, False])

@@ -1,10 +1,12 @@
-"""A convolution whose second derivative costs what its first one costs.
+"""A convolution and a ReLU whose second derivatives cost what their first ones cost.
 
 Training an input gradient needs the derivative of a derivative. PyTorch's own second derivative of
 a convolution makes the weight's part by a convolution whose kernel is as large as the image, which
 no library has a fast form for. But a convolution is linear in the images and in the weight, so all
 its derivatives, of any order, are again one of three: the convolution itself, its gradient with
 respect to the images, and its gradient with respect to the weight; each has a fast form.
+
+The second derivative of ReLU is zero, but PyTorch makes these zeros and adds them up.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,9 +23,9 @@ __all__ = ["fast_second_derivatives"]
 
 @contextmanager
 def fast_second_derivatives() -> Iterator[None]:
-    """Inside, every two-dimensional convolution is differentiable at the same cost at each order.
+    """Inside, two-dimensional convolutions and ReLUs are differentiable at one cost at each order.
 
-    Same values as F.conv2d. For any model: what is called is replaced, not its modules.
+    Same values as F.conv2d and F.relu. For any model: what is called is replaced, not its modules.
     """
     with _Mode():
         yield
@@ -39,6 +41,8 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         if func in (torch.conv2d, F.conv2d) and torch.is_grad_enabled():
             return _conv2d(*args, **(kwargs or {}))
+        if func in (torch.relu, F.relu) and torch.is_grad_enabled():
+            return _relu(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -69,7 +73,14 @@ def _conv2d(
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     # No leaves: autograd cannot be asked whether a leaf's gradient is needed.
-    output: Tensor = _Convolution.apply(input.view_as(input), weight.view_as(weight), bias, place)
+    input, weight = input.view_as(input), weight.view_as(weight)
+    bias = None if bias is None else bias.view_as(bias)
+    output: Tensor = _Convolution.apply(input, weight, bias, place)
+    return output
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    output: Tensor = _Relu.apply(input, inplace)
     return output
 
 
@@ -77,16 +88,15 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
 
 
-def _needed(ctx: Any) -> tuple[bool, bool]:
-    """Whether this backward pass uses the gradients of the first two inputs.
+def _needed(ctx: Any, position: int) -> bool:
+    """Whether this backward pass uses the gradient with respect to the input at this position.
 
     ctx.needs_input_grad says only whether any backward pass might.
     """
-    first, second = (
-        needs and node is not None and torch._C._will_engine_execute_node(node)
-        for needs, (node, _) in zip(ctx.needs_input_grad[:2], ctx.next_functions[:2], strict=True)
-    )
-    return first, second
+    if not ctx.needs_input_grad[position]:
+        return False
+    node, _ = ctx.next_functions[position]
+    return node is not None and torch._C._will_engine_execute_node(node)
 
 
 def _backward(grad: Tensor, x: Tensor, w: Tensor, place: _Place, image: bool) -> Tensor:
@@ -95,6 +105,23 @@ def _backward(grad: Tensor, x: Tensor, w: Tensor, place: _Place, image: bool) ->
         grad, x, w, None, *place[:3], False, [0, 0], place.groups, [image, not image, False]
     )
     return found[0] if image else found[1]
+
+
+class _Relu(torch.autograd.Function):
+    """max(x, 0). Its slope is a constant, so there is nothing to differentiate a second time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        output = x.relu_() if inplace else x.relu()
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (output,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(grad, output.detach(), 0), None
 
 
 class _Convolution(torch.autograd.Function):
@@ -109,11 +136,10 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, w = ctx.saved_tensors
-        of_x, of_w = _needed(ctx)
         return (
-            _ImageGradient.apply(grad, w, x, ctx.place) if of_x else None,
-            _WeightGradient.apply(x, grad, w, ctx.place) if of_w else None,
-            grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None,
+            _ImageGradient.apply(grad, w, x, ctx.place) if _needed(ctx, 0) else None,
+            _WeightGradient.apply(x, grad, w, ctx.place) if _needed(ctx, 1) else None,
+            grad.sum((0, 2, 3)) if _needed(ctx, 2) else None,
             None,
         )
 
@@ -130,10 +156,9 @@ class _ImageGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
         grad, w = ctx.saved_tensors
-        of_grad, of_w = _needed(ctx)
         return (
-            _Convolution.apply(v, w, None, ctx.place) if of_grad else None,
-            _WeightGradient.apply(v, grad, w, ctx.place) if of_w else None,
+            _Convolution.apply(v, w, None, ctx.place) if _needed(ctx, 0) else None,
+            _WeightGradient.apply(v, grad, w, ctx.place) if _needed(ctx, 1) else None,
             None,
             None,
         )
@@ -151,10 +176,9 @@ class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Any:
         x, grad = ctx.saved_tensors
-        of_x, of_grad = _needed(ctx)
         return (
-            _ImageGradient.apply(grad, u, x, ctx.place) if of_x else None,
-            _Convolution.apply(x, u, None, ctx.place) if of_grad else None,
+            _ImageGradient.apply(grad, u, x, ctx.place) if _needed(ctx, 0) else None,
+            _Convolution.apply(x, u, None, ctx.place) if _needed(ctx, 1) else None,
             None,
             None,
         )

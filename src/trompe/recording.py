@@ -48,7 +48,7 @@ def watch(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[Tensor]
             torch.set_grad_enabled(True)  # from here on; `record` puts the mode back
             value = value.detach().requires_grad_()
         outputs[name] = value
-        return value.clone()  # an in-place activation behind it must not change what was recorded
+        return _apart(value)  # an in-place activation behind it must not change what was recorded
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], Any]:
         return lambda module, inputs, output: keep(name, output)
@@ -79,3 +79,15 @@ def watch(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[Tensor]
             if name != INPUT:
                 restore.callback(modules[name].register_forward_hook(hook(name)).remove)
         yield record
+
+
+def _apart(value: Tensor) -> Tensor:
+    """The same values, which can be written over while `value` stays as it is.
+
+    Their memory is shared until somebody writes, which behind most layers nobody does.
+    """
+    try:
+        apart: Tensor = torch._lazy_clone(value)
+    except RuntimeError:  # memory that PyTorch did not allocate itself: NumPy's, another process's
+        apart = value.clone()
+    return apart

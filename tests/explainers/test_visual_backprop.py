@@ -98,6 +98,22 @@ def test_resnet20_equals_the_replica(network: Callable[[str], nn.Module]) -> Non
     np.testing.assert_allclose(given, to_one(spread(maps, 3, 1, 1, (12, 12))), atol=1e-6)
 
 
+def test_training_through_it_leaves_gradients_in_the_activations_memory_format(
+    network: Callable[[str], nn.Module],
+) -> None:
+    net = network("resnet20").float().to(memory_format=torch.channels_last)
+    images = torch.rand(2, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+    explainer, kept = VisualBackProp(), []
+    with watch(net, explainer.watches(net)) as record:
+        seen = record(images)
+        for output in seen.outputs.values():
+            output.register_hook(kept.append)
+        (explainer(seen, ANY.expand(2)).square().mean() + seen.scores.square().mean()).backward()
+    others = kept[1:]  # the first one to come, of the last stage, is as the pooling made it
+    assert len(others) == len(seen.outputs) - 1
+    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in others)
+
+
 # --- which layers ---------------------------------------------------------------------------------
 
 

@@ -53,8 +53,12 @@ class VisualBackProp:
 
 
 def channel_mean(activations: Tensor) -> Tensor:
-    """(n, c, h, w) -> (n, h, w), at most 1."""
-    return scaled(full_precision(activations.mean(1)))
+    """(n, c, h, w) -> (n, h, w), at most 1.
+
+    The sum's gradient, unlike the mean's, is a view without memory of its own, so adding it to the
+    activations' other gradient keeps that one's memory format, which all layers before rely on.
+    """
+    return scaled(full_precision(activations.sum(1)) / activations.shape[1])
 
 
 def scaled(maps: Tensor) -> Tensor:
