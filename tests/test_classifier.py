@@ -436,6 +436,14 @@ def test_weights_that_do_not_fit_are_refused_by_key(
         build_model(ModelSpec(weights=str(tmp_path / "w.safetensors")), 3)
 
 
+def test_a_scalar_that_was_kept_as_one_number_in_a_row_fits(tmp_path: Path) -> None:
+    state = resnet20(3).state_dict()
+    state["bn1.num_batches_tracked"] = torch.tensor([7])
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    net = build_model(ModelSpec(weights=str(tmp_path / "w.safetensors")), 3).net
+    assert net.get_buffer("bn1.num_batches_tracked") == 7
+
+
 def test_weights_by_torchvisions_name_keep_the_body_and_get_a_new_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -155,7 +155,9 @@ def _load(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
             "they belong to"
         )
     for key, value in state.items():
-        if value.shape != own[key].shape:
+        if value.numel() == own[key].numel() == 1:  # some converters write scalars as (1,)
+            state = {**state, key: value.reshape(own[key].shape)}
+        elif value.shape != own[key].shape:
             raise InputError(
                 f"weights {source}: {key} has shape {tuple(value.shape)}, but the model's is "
                 f"{tuple(own[key].shape)}"
