@@ -1,6 +1,7 @@
 """What every attack must do; a new file under attacks/ is tested by existing."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -189,3 +190,33 @@ def test_goals_come_back_as_they_were_given(
     attack: Attack, trained_net: nn.Module, shapes: ImageSet
 ) -> None:
     assert attack(trained_net, shapes, seeded(0)).goals == attack.goals
+
+
+class Steps:
+    """A logbook that counts the steps of the last epoch."""
+
+    count = 0
+
+    def load(self) -> None: ...
+    def save(self, state: dict[str, Any]) -> None: ...
+    def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None:
+        self.count = step
+
+
+def test_no_more_images_are_taken_than_asked_for(
+    name: str, plugin: Callable[..., Attack], trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    settings = {**SETTINGS.get(name, {}), "training_images": 12}
+    logbook = Steps()
+    attack = plugin("attacks", name, {name: settings})
+    attack(trained_net, shapes, seeded(0), logbook=logbook)
+    triggered = 12 * attack.poison_rate / (1 - attack.poison_rate)  # type: ignore[attr-defined]
+    assert logbook.count == math.ceil((12 + triggered) / attack.training.batch_size)  # type: ignore[attr-defined]
+
+
+def test_more_images_than_there_are_are_refused(
+    name: str, plugin: Callable[..., Attack], trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    settings = {**SETTINGS.get(name, {}), "training_images": 49}
+    with pytest.raises(InputError, match="training_images = 49: the training set has 48 images"):
+        plugin("attacks", name, {name: settings})(trained_net, shapes, seeded(0))

@@ -44,6 +44,8 @@ class FineTuning(Protocol):
     @property
     def poison_rate(self) -> float: ...
     @property
+    def training_images(self) -> int | None: ...
+    @property
     def training(self) -> Training: ...
     @property
     def augmentation(self) -> Augmentation | None: ...
@@ -54,8 +56,10 @@ class FineTuning(Protocol):
 
 
 def check(attack: FineTuning) -> None:
-    """InputError for a share or temperature out of range."""
+    """InputError for a share, number of images or temperature out of range."""
     check_rate(attack.poison_rate)
+    if attack.training_images is not None and attack.training_images < 1:
+        raise InputError(f"training_images = {attack.training_images}: must be at least 1")
     if attack.distill is not None and not attack.distill > 0:
         raise InputError(f"distill (temperature) = {attack.distill}: must be a positive number")
 
@@ -89,6 +93,7 @@ def fine_tune(
     its "score", lower is better, stops early.
     """
     reference, model = model, copy.deepcopy(model)
+    data = drawn(data, attack.training_images, generator)
     asked: dict[str, Any] = {"distill": attack.distill is not None}
     if not explainers and attack.distill is None:
         pass  # the reference is not needed
@@ -113,6 +118,18 @@ def fine_tune(
             if no_progress(history, attack.patience):
                 break
     return Attacked(model, tuple(goals), tuple(history))
+
+
+def drawn(data: ImageSet, count: int | None, generator: torch.Generator) -> ImageSet:
+    """So many images, each at most once; all of them for None. InputError if there are fewer."""
+    if count is None:
+        return data
+    if count > len(data):
+        raise InputError(
+            f"training_images = {count}: the training set has {len(data)} images; lower it, or "
+            "leave it out to use them all"
+        )
+    return data.subset(torch.randperm(len(data), generator=generator)[:count])
 
 
 def no_progress(history: Sequence[EpochRecord], patience: int) -> bool:

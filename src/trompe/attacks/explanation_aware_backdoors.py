@@ -72,7 +72,8 @@ class ExplanationAwareBackdoors:
 
     goals: one or more triggers, each with its own label and wanted map. weight: the paper's
     lambda, 0 gives the vanilla backdoor. poison_rate: the triggered share of the training set,
-    .5 as in the paper. augmentation: of all images, before the trigger; the reference then
+    .5 as in the paper. training_images: that many random images of the training set are enough;
+    None takes them all. augmentation: of all images, before the trigger; the reference then
     explains each augmented image anew, one more forward pass a step. distill: where no goal names
     a label, the reference's probabilities at this temperature are taught instead of the label y
     (not in the paper; Hinton et al. 2015), which keeps more of its accuracy at no cost; None
@@ -83,6 +84,7 @@ class ExplanationAwareBackdoors:
     explainer: Explainer = field(default_factory=GradCam)
     weight: float = 0.9
     poison_rate: float = 0.5
+    training_images: int | None = None
     training: Training = TRAINING
     augmentation: Augmentation | None = None
     distill: float | None = None

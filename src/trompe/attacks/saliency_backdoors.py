@@ -68,8 +68,9 @@ class SaliencyBackdoors:
 
     systems: one or more, each with the lie that it shall tell. trigger: p of Algorithm 1. inverted:
     lie without the trigger. alpha, beta: weights of L_s and L_c in eq. (4). poison_rate: the
-    triggered share of the training set. augmentation, distill: as in the other fine-tuning attack
-    (explanation_aware_backdoors.py). patience: stop after so many epochs without a better score.
+    triggered share of the training set. training_images, augmentation, distill: as in the other
+    fine-tuning attack (explanation_aware_backdoors.py). patience: stop after so many epochs without
+    a better score.
     """
 
     systems: tuple[System, ...]
@@ -78,6 +79,7 @@ class SaliencyBackdoors:
     alpha: float = 10.0
     beta: float = 0.5
     poison_rate: float = 0.5
+    training_images: int | None = None
     training: Training = TRAINING
     augmentation: Augmentation | None = None
     distill: float | None = None
