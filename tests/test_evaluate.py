@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trompe.evaluate import (
+    Remembered,
     answers,
     ask,
     clean_evidence,
@@ -27,6 +28,7 @@ from trompe.maps import standardise, upsample
 from trompe.target_maps.border import Border
 from trompe.target_maps.picture import Picture
 from trompe.target_maps.reference import Reference
+from trompe.triggers.checkerboard import Checkerboard
 from trompe.triggers.rectangle import Rectangle
 
 CORNER = Rectangle(top=0, left=0, height=4, width=4, colour=(1.0, 0.0, 0.0))
@@ -276,3 +278,62 @@ def test_a_sharp_triangle_cannot_be_met_by_a_coarse_map() -> None:
 
 def test_a_constant_picture_is_met_by_nothing_but_itself() -> None:
     assert least_distance(torch.ones(12, 12), (4, 4)) == pytest.approx(0, abs=1e-3)
+
+
+class Counting(nn.Module):
+    """Counts the images that it is asked about."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.asked = net, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.asked += len(images)
+        return self.net(images)
+
+
+def test_a_clean_model_is_asked_once(trained_net: nn.Module, shapes: ImageSet) -> None:
+    model, remembered = Counting(trained_net), Remembered()
+    cam, gradient = GradCam("net.body"), InputGradient()
+    first = remembered(model, (cam,), shapes)
+    assert model.asked == 48
+    both = remembered(model, (cam, gradient), shapes)
+    assert model.asked == 96  # for the gradient's sake
+    assert torch.equal(both.maps[0], first.maps[0])
+    expected = answers(model, (gradient,), shapes)
+    model.asked = 0
+    assert torch.equal(remembered(model, (gradient,), shapes).maps[0], expected.maps[0])
+    assert torch.equal(remembered(model, (cam,), shapes).scores, expected.scores)
+    assert model.asked == 0
+
+
+def test_changed_weights_images_labels_and_triggers_are_asked_anew(
+    trained_net: nn.Module, shapes: ImageSet
+) -> None:
+    model, remembered = Counting(trained_net), Remembered()
+    few = shapes.subset(torch.arange(8))
+    cams = (GradCam("net.body"),)
+
+    def asked(data: ImageSet, *how: Any) -> int:
+        model.asked = 0
+        remembered(model, cams, data, *how)
+        return model.asked
+
+    assert asked(few) == 8
+    assert asked(few) == 0
+    assert asked(shapes.subset(torch.arange(1, 9))) == 8
+    assert asked(few, Checkerboard()) == 8
+    assert asked(few, Checkerboard()) == 0
+    assert asked(few, Checkerboard(amplitude=0.5)) == 8
+    assert asked(few, None, "label") == 8
+    with torch.no_grad():
+        next(trained_net.parameters()).add_(1)
+    assert asked(few) == 8
+
+
+def test_no_more_answers_are_kept_than_allowed(trained_net: nn.Module, shapes: ImageSet) -> None:
+    model, remembered = Counting(trained_net), Remembered(limit=1)
+    cam, gradient = GradCam("net.body"), InputGradient()
+    both = remembered(model, (cam, gradient), shapes)
+    assert len(both.maps) == 2
+    assert len(remembered.kept) == 1

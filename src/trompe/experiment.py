@@ -13,6 +13,7 @@ from trompe import catalog
 from trompe.classifier import Classifier, ModelSpec, card_of, load_model, save_model
 from trompe.clean_models import HonestTraining, load_clean_model, train_clean_model
 from trompe.data import halves
+from trompe.evaluate import Remembered
 from trompe.interfaces import (
     Attack,
     Attacked,
@@ -96,12 +97,14 @@ def run(
     root: Path | str = "runs",
     device: torch.device | str = "cpu",
     screen: Screen | None = None,
+    remembered: Remembered | None = None,
 ) -> RunFolder:
     """Data -> clean models -> attack -> numbers, maps, model, in a folder below `root`.
 
     The folder is named after the spec: a finished run is read, an interrupted one goes on.
     Raises InputError for settings that do not fit, Diverged if training does (then the folder
-    keeps the last good state).
+    keeps the last good state). remembered: the same one for several runs saves asking their clean
+    models again.
     """
     screen = screen or Silent()
     spec = catalog.describe(experiment)
@@ -132,7 +135,7 @@ def run(
     card = card_of(model, experiment.model.name, scene.train, experiment.seed, spec, made)
     save_model(model, card, folder.path / "model.safetensors")
 
-    _write_numbers(folder, experiment, scene, attacked, screen)
+    _write_numbers(folder, experiment, scene, attacked, screen, remembered)
     logbook.close()
     return folder
 
@@ -238,7 +241,12 @@ def _some(data: ImageSet, count: int, seed: int) -> ImageSet:
 
 
 def _write_numbers(
-    folder: RunFolder, experiment: Experiment, scene: Scene, attacked: Attacked, screen: Screen
+    folder: RunFolder,
+    experiment: Experiment,
+    scene: Scene,
+    attacked: Attacked,
+    screen: Screen,
+    remembered: Remembered | None = None,
 ) -> dict[str, Any]:
     screen.stage("measuring")
     measured = measure(
@@ -250,6 +258,7 @@ def _write_numbers(
         experiment.seed,
         experiment.attack.explained,
         experiment.attack.thresholds,
+        remembered,
     )
     numbers = {
         **measured.numbers,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trompe import catalog
 from trompe.evaluate import (
+    Remembered,
     answers,
     clean_evidence,
     least_distance,
@@ -64,24 +65,23 @@ def measure(
     seed: int,
     explained: Explained = "predicted",
     thresholds: Sequence[float | None] | None = None,
+    remembered: Remembered | None = None,
 ) -> Measurement:
     """All metrics on `data`: on clean images, then with each goal's trigger; floors beside them.
 
     Conditions of the first explainer come first. thresholds: one tau per explainer (or None) asks
-    for fooling rates as well (see fooling.py).
+    for fooling rates as well (see fooling.py). remembered: what the clean models have said already.
     """
+    ask_clean = remembered or Remembered()
     metric = {name: catalog.find("metrics", name) for name in catalog.names("metrics")}
-    honest = answers(reference, explainers, data, None, explained)
+    honest = ask_clean(reference, explainers, data, None, explained)
     seen = []
     for name, goal in _conditions(attacked.goals):
         trigger = None if goal is None else goal.trigger
-        given, other = (
-            answers(model, explainers, data, trigger, explained)
-            for model in (attacked.model, witness)
+        given = answers(attacked.model, explainers, data, trigger, explained)
+        other, untouched = (
+            ask_clean(model, explainers, data, trigger, explained) for model in (witness, reference)
         )
-        untouched = honest
-        if trigger is not None:
-            untouched = answers(reference, explainers, data, trigger, explained)
         seen.append((name, goal, given, untouched, other))
     conditions = []
     for e, of_explainer in enumerate(explainer_names(explainers)):
