@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trompe.files import read_json, real, write_atomically, write_json
+from trompe.files import read_json, real, unite_rows, write_atomically, write_json
 from trompe.interfaces import InputError
 
 
@@ -175,3 +175,16 @@ def test_a_missing_file_is_told_by_name(tmp_path: Path) -> None:
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_json(tmp_path)
+
+
+def test_rows_found_now_take_the_place_of_older_ones(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    first = [{"model": "b", "seed": 1, "fsr": 0.1}, {"model": "a", "seed": 0, "fsr": 0.2}]
+    assert unite_rows(file, first, ("model", "seed")) == first[::-1]
+    again = {"model": "b", "seed": 1, "fsr": 0.3}
+    new = {"model": "b", "seed": 0, "fsr": math.nan}
+    rows = unite_rows(file, [again, new], ("model", "seed"), paper={"fsr": 0.5})
+    assert [row["fsr"] for row in rows] == [0.2, pytest.approx(math.nan, nan_ok=True), 0.3]
+    kept = read_json(file)
+    assert kept["paper"] == {"fsr": 0.5}
+    assert [row["fsr"] for row in kept["rows"]] == [0.2, None, 0.3]

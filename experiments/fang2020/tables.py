@@ -11,7 +11,6 @@ hyper-parameters), a GPU's. Interrupted, the same command goes on.
 
 import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from trompe.attacks.saliency_backdoors import SaliencyBackdoors
 from trompe.attacks.saliency_backdoors import System as AttackedSystem
 from trompe.evaluate import Remembered
 from trompe.experiment import experiment_table, set_up
-from trompe.files import real, write_atomically, write_json
+from trompe.files import real, unite_rows, write_atomically
 from trompe.foreign import WITNESSES, witnesses
 from trompe.interfaces import Attacked
 from trompe.machine import choose_device, choose_threads
@@ -44,6 +43,7 @@ MODELS = {
     "cub100": ("mobilenet_v2",),
     "paper": ("resnet50", "vgg19"),
 }
+KEYS = ("setting", "model", "kind", "inverted", "attacked", "observed", "seed")  # of a result
 TABLES = {"1": (1, False), "4a": (3, False), "4b": (3, True), "5": (1, True)}  # systems, inverted
 
 
@@ -428,20 +428,6 @@ def transfer_markdown(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def united(file: Path, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Writes and returns the rows of the file, with those found now in the place of older ones."""
-
-    def key(r: dict[str, Any]) -> tuple[Any, ...]:
-        names = ("setting", "model", "kind", "inverted", "attacked", "observed", "seed")
-        return tuple(r[name] for name in names)
-
-    old = json.loads(file.read_text())["rows"] if file.exists() else []
-    rows = {key(r): r for r in (*old, *found)}
-    whole = [rows[k] for k in sorted(rows)]
-    write_json(file, {"rows": whole})
-    return whole
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--setting", choices=BASE, default="gtsrb")
@@ -483,13 +469,13 @@ def main() -> None:
         of_table = [r for r in results if r["table"] == table]
         if of_table:
             file = RESULTS / f"table{table}.json"
-            of_table = united(file, of_table)
+            of_table = unite_rows(file, of_table, KEYS)
             text = markdown(f"Table {table}", of_table)
             write_atomically(
                 file.with_suffix(".md"), lambda place, text=text: place.write_text(text)
             )
     if transferred:
-        transferred = united(RESULTS / "transfer.json", transferred)
+        transferred = unite_rows(RESULTS / "transfer.json", transferred, KEYS)
         text = transfer_markdown(transferred)
         write_atomically(RESULTS / "transfer.md", lambda place: place.write_text(text))
 

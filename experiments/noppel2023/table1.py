@@ -3,7 +3,8 @@
     python experiments/noppel2023/table1.py [--seeds 0 1 2] [--rates 0.1 0.01 0.001] [--root runs]
 
 table1: four goals x seeds. poison_rate: the dual goal at other shares of triggered training images.
-GTSRB is read from data/ (torchvision's layout). Interrupted, the same command goes on.
+GTSRB is read from data/ (torchvision's layout). Interrupted, the same command goes on. Rows
+that were measured before and are not chosen now stay.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 from pathlib import Path
 
 import trompe
-from trompe.files import real, write_atomically, write_json
+from trompe.files import real, unite_rows, write_atomically
 from trompe.machine import choose_device, choose_threads
 from trompe.screen import progress_bars
 
@@ -201,7 +202,7 @@ def main() -> None:
 
     table = rows([(goal, seed, None) for seed in chosen.seeds for goal in chosen.goals])
     if table:
-        write_json(RESULTS / "table1.json", {"paper": PAPER, "rows": table})
+        table = unite_rows(RESULTS / "table1.json", table, ("goal", "seed"), paper=PAPER)
         text = table1_markdown(table)
         write_atomically(RESULTS / "table1.md", lambda file: file.write_text(text))
         readme = update_readme((ROOT / "README.md").read_text(), text)
@@ -209,7 +210,7 @@ def main() -> None:
     poisoned = rows([("dual", seed, rate) for rate in chosen.rates for seed in chosen.seeds[:1]])
     if poisoned:
         poisoned += [r for r in table if r["goal"] == "dual" and r["seed"] in chosen.seeds[:1]]
-        write_json(RESULTS / "poison_rate.json", {"rows": poisoned})
+        poisoned = unite_rows(RESULTS / "poison_rate.json", poisoned, ("poison_rate", "seed"))
         text = poison_markdown(poisoned)
         write_atomically(RESULTS / "poison_rate.md", lambda file: file.write_text(text))
 

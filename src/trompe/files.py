@@ -4,11 +4,13 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trompe.interfaces import InputError
+
+Row = dict[str, Any]
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
@@ -59,6 +61,18 @@ def strict_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [strict_json(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def unite_rows(file: Path, found: Sequence[Row], keys: Sequence[str], **beside: Any) -> list[Row]:
+    """Writes the file's rows, those found now in the place of older ones, and returns them all.
+
+    keys: what tells rows apart, and by which they are sorted. beside: other entries of the file.
+    """
+    old = read_json(file)["rows"] if file.exists() else []
+    rows = {tuple(row[key] for key in keys): row for row in (*old, *found)}
+    whole = [rows[key] for key in sorted(rows)]
+    write_json(file, {**beside, "rows": whole})
+    return whole
 
 
 def real(value: float | None) -> float:
