@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from trompe.files import read_json, real, unite_rows, write_atomically, write_json
+from trompe.files import (
+    put_between,
+    read_json,
+    real,
+    unite_rows,
+    write_atomically,
+    write_json,
+)
 from trompe.interfaces import InputError
 
 
@@ -188,3 +195,10 @@ def test_rows_found_now_take_the_place_of_older_ones(tmp_path: Path) -> None:
     kept = read_json(file)
     assert kept["paper"] == {"fsr": 0.5}
     assert [row["fsr"] for row in kept["rows"]] == [0.2, None, 0.3]
+
+
+def test_a_block_is_put_between_its_own_markers() -> None:
+    text = "a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb\n<!-- y:begin -->\n<!-- y:end -->\n"
+    new = put_between(text, "x", "new")
+    assert new == text.replace("old", "new")
+    assert put_between(new, "y", "more") == new.replace("y:begin -->\n", "y:begin -->\nmore\n")

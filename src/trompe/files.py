@@ -75,6 +75,14 @@ def unite_rows(file: Path, found: Sequence[Row], keys: Sequence[str], **beside: 
     return whole
 
 
+def put_between(text: str, name: str, block: str) -> str:
+    """`text` with `block` between its lines <!-- name:begin --> and <!-- name:end -->."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{block}\n{end}{after}"
+
+
 def real(value: float | None) -> float:
     """A number as a JSON file has it, where null stands for nan."""
     return math.nan if value is None else value
