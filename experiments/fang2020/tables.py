@@ -366,7 +366,7 @@ def markdown(title: str, results: list[dict[str, Any]]) -> str:
         "for its own model and data (VGG-19 and ResNet-50 on birds), ▼ where ours is lower. CR and "
         "FSR at the paper's threshold, carried over to the size of the maps, then at the threshold "
         "that the data give (a clean model of another seed fools < 1 %). Lost: top-1 against the "
-        "reference on the same images, points; negative where the trigger hurts the reference more.",
+        "reference on the same images, points; below 0 where the trigger hurts the reference more.",
         "",
         "| setting, model | attacked → observed | kind | seeds | tau | CR | FSR | tau, data "
         "| CR | FSR | area | lost, clean | lost, triggered | empty maps | minutes |",
