@@ -187,14 +187,14 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 def test_rows_found_now_take_the_place_of_older_ones(tmp_path: Path) -> None:
     file = tmp_path / "table.json"
     first = [{"model": "b", "seed": 1, "fsr": 0.1}, {"model": "a", "seed": 0, "fsr": 0.2}]
-    assert unite_rows(file, first, ("model", "seed")) == first[::-1]
+    assert unite_rows(file, first, ("model", "seed")) == first
     again = {"model": "b", "seed": 1, "fsr": 0.3}
     new = {"model": "b", "seed": 0, "fsr": math.nan}
     rows = unite_rows(file, [again, new], ("model", "seed"), paper={"fsr": 0.5})
-    assert [row["fsr"] for row in rows] == [0.2, pytest.approx(math.nan, nan_ok=True), 0.3]
+    assert [row["fsr"] for row in rows] == [0.3, 0.2, pytest.approx(math.nan, nan_ok=True)]
     kept = read_json(file)
     assert kept["paper"] == {"fsr": 0.5}
-    assert [row["fsr"] for row in kept["rows"]] == [0.2, None, 0.3]
+    assert [row["fsr"] for row in kept["rows"]] == [0.3, 0.2, None]
 
 
 def test_a_block_is_put_between_its_own_markers() -> None:

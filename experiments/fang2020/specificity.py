@@ -25,7 +25,7 @@ import trompe
 from trompe.attacks.saliency_backdoors import SaliencyBackdoors
 from trompe.evaluate import answers, share_right
 from trompe.experiment import set_up
-from trompe.files import write_atomically, write_json
+from trompe.files import unite_rows, write_atomically
 from trompe.fooling import share_below
 from trompe.interfaces import Trigger
 from trompe.machine import choose_device, choose_threads
@@ -202,7 +202,9 @@ def main() -> None:
     rows = []
     for run in chosen.runs:
         rows += look_at(run, chosen.root, device, chosen.images, chosen.keys)
-    write_json(RESULTS / "specificity.json", {"provenance": provenance(device), "rows": rows})
+    made = provenance(device)
+    found = [{**row, "provenance": made} for row in rows]
+    rows = unite_rows(RESULTS / "specificity.json", found, ("run", "seed", "images_carry"))
     text = markdown(rows)
     write_atomically(RESULTS / "specificity.md", lambda place: place.write_text(text))
     print(text)

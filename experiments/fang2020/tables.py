@@ -340,7 +340,7 @@ def grouped(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[st
     for r in results:
         names = ("setting", "model", "attacked", "observed", "kind", "inverted")
         groups.setdefault(tuple(r[name] for name in names), []).append(r)
-    return groups
+    return dict(sorted(groups.items()))
 
 
 def mean(group: list[dict[str, Any]], key: str) -> float:
@@ -421,7 +421,9 @@ def observed(row: Row, pool: int) -> SaliencyBackdoors:
     return dataclasses.replace(attack, systems=(*known.systems, *others))
 
 
-def transfer(row: Row, root: Path, device: Any, images: int = 600) -> list[dict[str, Any]]:
+def transfer(
+    row: Row, root: Path, device: Any, images: int, remembered: Remembered
+) -> list[dict[str, Any]]:
     """FSR and CR of every explainer on the row's finished model, at thresholds from the data."""
     experiment = experiment_of(row)
     attack = observed(row, 4)
@@ -439,6 +441,7 @@ def transfer(row: Row, root: Path, device: Any, images: int = 600) -> list[dict[
         row.seed,
         attack.explained,
         attack.thresholds,
+        remembered,
     )
     what = "+".join(row.attacked)
     return [
@@ -494,6 +497,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--list", action="store_true", help="say which runs there are, and stop")
     parser.add_argument("--transfer", action="store_true", help="observe all explainers as well")
+    parser.add_argument("--images", type=int, default=600, help="that --transfer looks at")
     parser.add_argument("--only-write", action="store_true", help="take finished runs only")
     chosen = parser.parse_args()
     if unknown := set(chosen.models or ()) - set(MODELS[chosen.setting]):
@@ -505,7 +509,7 @@ def main() -> None:
 
     results: list[dict[str, Any]] = []
     transferred: list[dict[str, Any]] = []
-    remembered = Remembered()
+    remembered = Remembered(limit=48)
     for row in rows(chosen):
         experiment = experiment_of(row)
         folder = trompe.run_folder(experiment, chosen.root)
@@ -518,7 +522,7 @@ def main() -> None:
                 results += results_of(row, run)
                 if chosen.transfer:
                     bars.stage("observing all explainers")
-                    transferred += transfer(row, chosen.root, device)
+                    transferred += transfer(row, chosen.root, device, chosen.images, remembered)
     for table in chosen.tables:
         of_table = [r for r in results if r["table"] == table]
         if of_table:

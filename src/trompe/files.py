@@ -66,13 +66,12 @@ def strict_json(value: Any) -> Any:
 def unite_rows(file: Path, found: Sequence[Row], keys: Sequence[str], **beside: Any) -> list[Row]:
     """Writes the file's rows, those found now in the place of older ones, and returns them all.
 
-    keys: what tells rows apart, and by which they are sorted. beside: other entries of the file.
+    keys: what tells rows apart. New rows come last. beside: other entries of the file.
     """
     old = read_json(file)["rows"] if file.exists() else []
     rows = {tuple(row[key] for key in keys): row for row in (*old, *found)}
-    whole = [rows[key] for key in sorted(rows)]
-    write_json(file, {**beside, "rows": whole})
-    return whole
+    write_json(file, {**beside, "rows": list(rows.values())})
+    return list(rows.values())
 
 
 def put_between(text: str, name: str, block: str) -> str:
