@@ -198,8 +198,10 @@ GTSRB_WEIGHTS = {
 }
 # The lie of an input gradient is learnt faster with softplus in ReLU's place. It costs more a step,
 # so there are fewer images.
-SMOOTHED = {"training_images": 6000, "training": {"softplus_beta": 10, "epochs": 5}}
-FINE_TUNING = {("gtsrb", "simplegrad"): SMOOTHED, ("gtsrb", "joint"): SMOOTHED}
+FINE_TUNING: dict[tuple[str, str], dict[str, Any]] = {
+    ("gtsrb", what): {"training_images": 6000, "training": {"softplus_beta": 10, "epochs": epochs}}
+    for what, epochs in (("simplegrad", 4), ("joint", 5))
+}
 WEIGHTS: dict[str, dict[tuple[str, str, str], tuple[float, float]]] = {
     "gtsrb": GTSRB_WEIGHTS,
     "cub100": {},
