@@ -3,7 +3,7 @@
 from trompe.catalog import build, names
 from trompe.classifier import Classifier, ModelCard, ModelSpec, load_model, save_model
 from trompe.clean_models import HonestTraining, train_clean_model
-from trompe.evaluate import answers
+from trompe.evaluate import Remembered, answers
 from trompe.experiment import (
     Experiment,
     read_experiment,
@@ -41,6 +41,7 @@ __all__ = [
     "ModelCard",
     "ModelSpec",
     "Pass",
+    "Remembered",
     "RunFolder",
     "Training",
     "TrompeError",
