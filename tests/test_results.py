@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments" / "noppel2023"))
+sys.path += [str(ROOT / "experiments" / paper) for paper in ("noppel2023", "fang2020")]
 TABLE = ROOT / "results" / "noppel2023" / "table1.json"
 
 ROW_KEYS = {
@@ -64,3 +64,39 @@ def test_the_attack_steps_cost_is_there() -> None:
         assert set(row) >= {"model", "explainer", "step_ratio", "memory_ratio"}
         if row["explainer"] in ("gradcam", "simplegrad"):
             assert row["naive_ratio"] > row["step_ratio"]
+
+
+FANG = ROOT / "results" / "fang2020"
+FANG_KEYS = {
+    *("setting", "model", "attacked", "observed", "kind", "inverted", "seed", "tau", "cr", "fsr"),
+    *("fsr_area", "data_tau", "data_cr", "data_fsr", "reference_top1_clean"),
+    *("reference_top1_triggered", "top1_clean", "top1_triggered", "top5_clean", "top5_triggered"),
+}
+
+
+def test_fangs_tables_hold_what_they_say() -> None:
+    import tables
+
+    for table, (systems, inverted) in tables.TABLES.items():
+        file = FANG / f"table{table}.json"
+        if not file.exists():
+            assert table in {"4a", "4b"}, f"{file} is missing"  # not run yet
+            continue
+        rows = json.loads(file.read_text())["rows"]
+        assert rows
+        for row in rows:
+            assert set(row) >= FANG_KEYS
+            assert len(row["attacked"].split("+")) == systems
+            assert row["inverted"] == inverted
+            assert row["provenance"]["commit"]
+            assert "+changes" not in row["provenance"]["commit"]
+        text = file.with_suffix(".md").read_text()
+        assert text == tables.markdown(f"Table {table}", rows)
+
+
+def test_the_readme_shows_fangs_rows() -> None:
+    import tables
+
+    readme = (ROOT / "README.md").read_text()
+    table = tables.readme_table(tables.measured())
+    assert readme == tables.put_between(readme, "fang2020", table)
