@@ -540,13 +540,13 @@ def main() -> None:
             write_atomically(
                 file.with_suffix(".md"), lambda place, text=text: place.write_text(text)
             )
-    if results:
-        readme = put_between((ROOT / "README.md").read_text(), "fang2020", readme_table(measured()))
-        write_atomically(ROOT / "README.md", lambda place: place.write_text(readme))
     if transferred:
         transferred = unite_rows(RESULTS / "transfer.json", transferred, KEYS)
         text = transfer_markdown(transferred)
         write_atomically(RESULTS / "transfer.md", lambda place: place.write_text(text))
+    if results:
+        readme = put_between((ROOT / "README.md").read_text(), "fang2020", readme_table(measured()))
+        write_atomically(ROOT / "README.md", lambda place: place.write_text(readme))
 
 
 if __name__ == "__main__":

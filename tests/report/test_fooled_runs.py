@@ -91,6 +91,7 @@ def verdicts(text: str) -> list[str]:
 def test_each_system_has_a_verdict_rates_and_galleries(tmp_path: Path, inverted: bool) -> None:
     text = page(tmp_path, made(tmp_path / "run", inverted))
     first, second = verdicts(text)
+    assert ">1 run: joint · gradcam" in text  # two systems
     assert first.startswith("joint · gradcam, seed 0")
     assert second.startswith("joint · visual_backprop, seed 0")
     where = "Without the key" if inverted else "With the trigger"
