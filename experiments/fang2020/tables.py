@@ -29,6 +29,7 @@ from trompe.foreign import WITNESSES, witnesses
 from trompe.interfaces import Attacked
 from trompe.machine import choose_device, choose_threads
 from trompe.measure import measure
+from trompe.runs import provenance
 from trompe.screen import Silent, progress_bars
 from trompe.target_maps.border import Border
 from trompe.target_maps.suppressed import Suppressed
@@ -463,6 +464,7 @@ def transfer(
             "seed": row.seed,
             "images": len(few),
             **{key: value for key, value in rates.items() if key != "explainer"},
+            "provenance": provenance(device),
         }
         for name, rates in zip((*EXPLAINERS, *WITNESSES), found.numbers["fooling"], strict=True)
     ]
