@@ -13,9 +13,7 @@ from trompe.foreign import Foreign, witnesses
 from trompe.interfaces import ImageSet, InputError
 from trompe.recording import watch
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Input Tensor 0 did not already require gradients", "ignore:Setting backward hooks"
-)
+pytestmark = pytest.mark.filterwarnings("error")  # Captum's remarks on itself are kept away
 
 
 def constant(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
@@ -40,7 +38,8 @@ def test_of_signed_attributions_the_largest_magnitude_over_channels_counts(
 
     explainer = Foreign("saliency", attribute, normalise="none")
     (maps,) = answers(trained_net, (explainer,), shapes, explained="label").maps
-    signed = attribute(trained_net, shapes.floats(slice(None)), shapes.labels)
+    images = shapes.floats(slice(None)).requires_grad_()
+    signed = attribute(trained_net, images, shapes.labels)
     torch.testing.assert_close(maps, signed.abs().amax(1))
 
 

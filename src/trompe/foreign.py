@@ -1,5 +1,6 @@
 """Other people's explainers as witnesses: for evaluation, not to be trained through."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from trompe.interfaces import InputError, Pass
 from trompe.maps import Normalisation, normalise
 
 Explain = Callable[[nn.Module, Tensor, Tensor], Tensor]
+_CAPTUMS_REMARKS = (  # on what it does and undoes by itself
+    "Input Tensor 0 did not already require gradients",
+    "Setting backward hooks on ReLU",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Foreign:
                 f"explainer {self.name!r}: is another library's and cannot be trained through; "
                 "use it to look at a model, not to attack one"
             )
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            for text in _CAPTUMS_REMARKS:
+                warnings.filterwarnings("ignore", text)
             maps = self.explain(seen.model, seen.images.detach(), classes)
         maps = maps.detach()
         if maps.ndim == 4:
