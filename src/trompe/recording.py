@@ -88,6 +88,7 @@ def _apart(value: Tensor) -> Tensor:
     """
     try:
         apart: Tensor = torch._lazy_clone(value)
-    except RuntimeError:  # memory that PyTorch did not allocate itself: NumPy's, another process's
+    except (AttributeError, RuntimeError):
+        # Another PyTorch, or memory that it did not allocate itself: NumPy's, another process's.
         apart = value.clone()
     return apart
