@@ -46,6 +46,13 @@ def test_all_32_models_of_fang_and_choromanska_are_there(setting: str) -> None:
         assert all(0 < value < 100 for figure in figures for value in figure)
 
 
+def test_birds_have_all_targeted_rows() -> None:
+    found = rows("cub100")
+    assert {row.kind for row in found} == {"targeted"}
+    assert [len(row.attacked) for row in found] == [1, 1, 1, 3, 3, 1, 1, 1]
+    assert [row.inverted for row in found] == [False] * 4 + [True] * 4
+
+
 def test_the_papers_own_setting_has_tables_2_and_3s_hyper_parameters() -> None:
     import tables
 

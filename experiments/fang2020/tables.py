@@ -183,7 +183,8 @@ CUB100_SYSTEMS = {  # 7x7 maps
     ("mobilenet_v2", "vbp", "targeted"): System(1, 32, 0.25 / 0.265 * 0.49),
 }
 SYSTEMS = {"gtsrb": GTSRB_SYSTEMS, "cub100": CUB100_SYSTEMS, "paper": PAPER_SYSTEMS}
-# Where gtsrb.toml's settings do not serve; found on the selection half.
+# Where gtsrb.toml's settings do not serve: found on the selection half for ResNet-20's rows that
+# results/ holds, first guesses for the others.
 GTSRB_WEIGHTS = {
     (model, what, kind): weights
     for model in MODELS["gtsrb"]

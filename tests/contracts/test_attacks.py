@@ -208,10 +208,10 @@ def test_no_more_images_are_taken_than_asked_for(
 ) -> None:
     settings = {**SETTINGS.get(name, {}), "training_images": 12}
     logbook = Steps()
-    attack = plugin("attacks", name, {name: settings})
+    attack: Any = plugin("attacks", name, {name: settings})
     attack(trained_net, shapes, seeded(0), logbook=logbook)
-    triggered = 12 * attack.poison_rate / (1 - attack.poison_rate)  # type: ignore[attr-defined]
-    assert logbook.count == math.ceil((12 + triggered) / attack.training.batch_size)  # type: ignore[attr-defined]
+    triggered = 12 * attack.poison_rate / (1 - attack.poison_rate)
+    assert logbook.count == math.ceil((12 + triggered) / attack.training.batch_size)
 
 
 def test_more_images_than_there_are_are_refused(
