@@ -123,3 +123,20 @@ def test_a_whole_network_is_smoothed_and_left_as_it_was(
 def test_beta_must_be_positive(beta: float) -> None:
     with pytest.raises(InputError, match="beta"):
         softplus(beta)
+
+
+def test_derivatives_of_any_order_are_softpluss_own() -> None:
+    def derivatives(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        x = VALUES.clone().requires_grad_()
+        output = function(x)
+        (first,) = torch.autograd.grad(output.pow(3).sum(), x, create_graph=True)
+        (last,) = torch.autograd.grad(first.pow(2).sum(), x, retain_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
+        (third,) = torch.autograd.grad(second.pow(2).sum(), x)
+        return [output, first, last, second, third]
+
+    with softplus(3):
+        given = derivatives(F.relu)
+    expected = derivatives(lambda x: (1 + (3 * x).exp()).log() / 3)
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from trompe.interfaces import InputError
@@ -40,5 +41,43 @@ class softplus(TorchFunctionMode):  # noqa: N801  (reads as a verb: `with softpl
         given = args[0] if args else kwargs["input"]
         inplace = args[1] if len(args) > 1 else kwargs.get("inplace", False)
         if func in _IN_PLACE or inplace:  # the model may go on with what it gave
-            return given.copy_(F.softplus(given.clone(), beta=self.beta))
-        return F.softplus(given, beta=self.beta)
+            return given.copy_(_smooth(given.clone(), self.beta))
+        return _smooth(given, self.beta)
+
+
+def _smooth(x: Tensor, beta: float) -> Tensor:
+    output: Tensor = _Softplus.apply(x, beta)
+    return output
+
+
+class _Softplus(torch.autograd.Function):
+    """log(1 + exp(beta x)) / beta. Its slope, a sigmoid, is made once for both derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: float) -> Tensor:
+        ctx.save_for_backward(x, (x * beta).sigmoid_() if ctx.needs_input_grad[0] else x)
+        ctx.beta = beta
+        return F.softplus(x, beta)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _SoftplusGradient.apply(g, *ctx.saved_tensors, ctx.beta), None
+
+
+class _SoftplusGradient(torch.autograd.Function):
+    """g sigmoid(beta x), given that sigmoid."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, slope: Tensor, beta: float) -> Tensor:
+        ctx.save_for_backward(g, x, slope)
+        ctx.beta = beta
+        return g * slope
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        g, x, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a third derivative may follow
+            slope = (x * ctx.beta).sigmoid()
+            return v * slope, ctx.beta * v * g * slope * (1 - slope), None, None
+        of_x = torch.ops.aten.sigmoid_backward((v * g).mul_(ctx.beta), slope)
+        return v * slope, of_x, None, None

@@ -11,7 +11,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from trompe.convolution import fast_second_derivatives
 from trompe.folding import folded_statistics
 from trompe.interfaces import (
     Batch,
@@ -25,6 +24,7 @@ from trompe.interfaces import (
 from trompe.machine import Precision, autocast
 from trompe.maps import full_precision
 from trompe.recording import INPUT, watch
+from trompe.second_derivatives import fast_second_derivatives
 from trompe.smoothing import softplus
 
 

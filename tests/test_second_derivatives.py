@@ -1,4 +1,4 @@
-"""The convolution and the ReLU with fast derivatives against PyTorch's own, to any order."""
+"""Layers with fast second derivatives against PyTorch's own, to any order."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from trompe.convolution import fast_second_derivatives
+from trompe.second_derivatives import fast_second_derivatives
 
 PLACES: list[dict[str, Any]] = [
     {},
@@ -91,12 +91,12 @@ def test_it_serves_modules_and_leaves_them_as_they_were() -> None:
 def test_the_weights_gradient_is_not_made_when_only_the_images_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from trompe import convolution
+    from trompe import second_derivatives
 
     made = []
-    plain = convolution._backward
+    plain = second_derivatives._backward
     monkeypatch.setattr(
-        convolution,
+        second_derivatives,
         "_backward",
         lambda grad, x, w, place, image: (made.append(image), plain(grad, x, w, place, image))[1],
     )
@@ -177,3 +177,86 @@ def test_relus_second_derivative_makes_no_zeros() -> None:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         gradient.square().sum().backward()
     assert not any("zero" in event.name for event in profiler.events())
+
+
+# --- BatchNorm ------------------------------------------------------------------------------------
+
+
+def normed(zero: bool = False) -> list[Tensor]:
+    """Image, weight and bias."""
+    image, *_ = tensors({})
+    weight = [0.0 if zero else 0.3, 1, -2, 0.5]
+    return [image, *(torch.tensor(t).double().requires_grad_() for t in (weight, [1, 0, 2, -1.0]))]
+
+
+def batch_norm(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(image, None, None, weight, bias, True, eps=1e-4)
+
+
+def written_out(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    var, mean = torch.var_mean(image, (0, 2, 3), correction=0, keepdim=True)
+    weight, bias = weight[:, None, None], bias[:, None, None]
+    return (image - mean) / (var + 1e-4).sqrt() * weight + bias
+
+
+@pytest.mark.parametrize("zero", [True, False], ids=["zero weight", "any weight"])
+def test_batch_norms_values_and_derivatives_are_those_of_its_formula(zero: bool) -> None:
+    def derivatives(function: Callable[..., Tensor]) -> list[Tensor]:
+        inputs = normed(zero)
+        output = function(*inputs)
+        scalar = output.tanh().square().sum()
+        first = torch.autograd.grad(scalar, inputs, create_graph=True)
+        fast = torch.autograd.grad(first[0].pow(3).sum() + scalar, inputs, retain_graph=True)
+        of_all = torch.autograd.grad(sum(f.pow(3).sum() for f in first), inputs, retain_graph=True)
+        second = torch.autograd.grad(first[0].pow(3).sum(), inputs, create_graph=True)
+        third = torch.autograd.grad(sum(s.square().sum() for s in second), inputs)
+        return [output, *first, *fast, *of_all, *second, *third]
+
+    with fast_second_derivatives():
+        given = derivatives(batch_norm)
+    for a, b in zip(given, derivatives(written_out), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_batch_norms_second_derivative_equals_finite_differences() -> None:
+    with fast_second_derivatives():
+        assert torch.autograd.gradgradcheck(lambda *a: batch_norm(*a).tanh(), normed())
+
+
+def test_batch_norms_second_derivative_as_in_training_is_not_pytorchs_slow_one() -> None:
+    inputs = normed()
+    with fast_second_derivatives(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        scalar = batch_norm(*inputs).square().sum()
+        (first,) = torch.autograd.grad(scalar, inputs[0], create_graph=True)
+        first.pow(3).sum().backward()
+    assert not any("NativeBatchNormBackward" in event.name for event in profiler.events())
+
+
+def test_batch_norm_with_frozen_statistics_and_of_one_value_is_pytorchs() -> None:
+    norm = nn.BatchNorm2d(3)
+    with fast_second_derivatives():
+        frozen = norm.eval()(torch.rand(2, 3, 4, 4))
+        with pytest.raises(ValueError, match="more than 1 value"):
+            norm.train()(torch.rand(1, 3, 1, 1))
+    assert "NativeBatchNorm" in type(frozen.grad_fn).__name__
+
+
+def test_batch_norm_moves_the_running_statistics_as_pytorchs() -> None:
+    images = torch.rand(8, 3, 5, 5)
+    ours, theirs = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    with fast_second_derivatives():
+        given = ours(images)
+    assert "_BatchNorm" in type(given.grad_fn).__name__
+    torch.testing.assert_close(given, theirs(images))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_batch_norm_in_bfloat16_gives_gradients_in_each_ones_precision() -> None:
+    norm, images = nn.BatchNorm2d(3), torch.rand(8, 3, 5, 5).bfloat16().requires_grad_()
+    with fast_second_derivatives():
+        scalar = norm(images).float().square().sum()
+    (first,) = torch.autograd.grad(scalar, images, create_graph=True)
+    first.float().square().sum().backward()
+    assert images.grad is not None
+    assert norm.weight.grad is not None
+    assert (images.grad.dtype, norm.weight.grad.dtype) == (torch.bfloat16, torch.float32)

@@ -1,4 +1,4 @@
-"""A convolution and a ReLU whose second derivatives cost what their first ones cost.
+"""Layers whose second derivatives cost what their first ones cost.
 
 Training an input gradient needs the derivative of a derivative. PyTorch's own second derivative of
 a convolution makes the weight's part by a convolution whose kernel is as large as the image, which
@@ -6,7 +6,8 @@ no library has a fast form for. But a convolution is linear in the images and in
 its derivatives, of any order, are again one of three: the convolution itself, its gradient with
 respect to the images, and its gradient with respect to the weight; each has a fast form.
 
-The second derivative of ReLU is zero, but PyTorch makes these zeros and adds them up.
+The second derivative of ReLU is zero, but PyTorch makes these zeros and adds them up. That of
+BatchNorm in training mode PyTorch makes of some twenty passes over the activations; a few do.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,9 +24,10 @@ __all__ = ["fast_second_derivatives"]
 
 @contextmanager
 def fast_second_derivatives() -> Iterator[None]:
-    """Inside, two-dimensional convolutions and ReLUs are differentiable at one cost at each order.
+    """Inside, convolutions, BatchNorm and ReLU are differentiable at about one cost at each order.
 
-    Same values as F.conv2d and F.relu. For any model: what is called is replaced, not its modules.
+    Same values as F.conv2d, F.batch_norm and F.relu; of other dimensions and with frozen statistics
+    they are these. For any model: what is called is replaced, not its modules.
     """
     with _Mode():
         yield
@@ -43,6 +45,8 @@ class _Mode(TorchFunctionMode):
             return _conv2d(*args, **(kwargs or {}))
         if func in (torch.relu, F.relu) and torch.is_grad_enabled():
             return _relu(*args, **(kwargs or {}))
+        if func is F.batch_norm and torch.is_grad_enabled():
+            return _batch_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -81,6 +85,24 @@ def _conv2d(
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
     output: Tensor = _Relu.apply(input, inplace)
+    return output
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    few = input.numel() == input.shape[1]  # an error
+    if not training or input.ndim != 4 or weight is None or bias is None or few:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    input, weight, bias = input.view_as(input), weight.view_as(weight), bias.view_as(bias)
+    output: Tensor = _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
     return output
 
 
@@ -181,4 +203,103 @@ class _WeightGradient(torch.autograd.Function):
             _Convolution.apply(x, u, None, ctx.place) if _needed(ctx, 1) else None,
             None,
             None,
+        )
+
+
+class _BatchNorm(torch.autograd.Function):
+    """y = w x̂ + bias with x̂ = (x - mean) s over images and places; s = 1 / standard deviation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        output, mean, s = torch.native_batch_norm(
+            x, w, bias, running_mean, running_var, True, momentum, eps
+        )
+        ctx.save_for_backward(x, w, mean, s)
+        ctx.eps = eps
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return *_BatchNormGradient.apply(g, *ctx.saved_tensors, ctx.eps), *[None] * 4
+
+
+class _BatchNormGradient(torch.autograd.Function):
+    """y's gradient g -> those of x, w and bias.
+
+    That of x is w s P(g), where P(g) = g - mean(g) - x̂ mean(x̂ g), means over images and places.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, s: Tensor, eps: float
+    ) -> Any:
+        of_x, of_w, of_bias = _batch_norm_backward(g, x, w, mean, s)
+        ctx.save_for_backward(g, x, w, mean, s, of_x, of_w, of_bias)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return of_x, of_w, of_bias
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, *others: Tensor | None) -> Any:
+        g, x, w, mean, s, of_x, sum_xg, sum_g = ctx.saved_tensors
+        if v is None or others != (None, None) or torch.is_grad_enabled():
+            return *_batch_norm_again(g, x, w, ctx.eps, (v, *others)), None, None, None
+        # The derivatives of sum(v of_x) = w s n inner, where inner = mean(v P(g)).
+        n = x.numel() // x.shape[1]
+        of_g, sum_xv, sum_v = _batch_norm_backward(v, x, w, mean, s)  # of_g = w s P(v)
+        zero, one = torch.zeros_like(s), torch.ones_like(s)
+        _, sum_vg, _ = _batch_norm_backward(v, g, one, zero, one, only_sums=True)
+        mean_xg, mean_xv = sum_xg / n, sum_xv / n
+        inner = sum_vg / n - sum_v / n * (sum_g / n) - mean_xg * mean_xv
+        # n d inner / dx = -s (mean(x̂ g) P(v) + mean(x̂ v) P(g)) and n ds / dx = -s^2 x̂
+        rate = -w * s.pow(3) * inner
+        again = torch.addcmul(_of_channels(-rate * mean, x), x, _of_channels(rate, x))
+        again.addcmul_(of_x, _of_channels(-s * mean_xv, x))
+        again.addcmul_(of_g, _of_channels(-s * mean_xg, x))
+        return of_g, again, s * n * inner, None, None, None
+
+
+def _batch_norm_backward(
+    g: Tensor, x: Tensor, w: Tensor, mean: Tensor, s: Tensor, only_sums: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w s P(g), sum(x̂ g) and sum(g), all by PyTorch's one kernel."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
+        g, x, w, None, None, mean, s, True, 0.0, [not only_sums, True, True]
+    )
+    return found
+
+
+def _of_channels(values: Tensor, x: Tensor) -> Tensor:
+    return values.to(x.dtype).view(1, -1, 1, 1)
+
+
+def _batch_norm_again(
+    g: Tensor, x: Tensor, w: Tensor, eps: float, outer: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The same in full and to any further order, which PyTorch's BatchNorm has not."""
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        g, x, w = inputs = tuple(
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (g, x, w)
+        )
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        output = (x - mean) * torch.rsqrt(var + eps) * _of_channels(w, x)
+        of_x, of_w = torch.autograd.grad(output, (x, w), g, create_graph=True)
+        made = zip((of_x, of_w, g.sum((0, 2, 3))), outer, strict=True)
+        asked = [(given, of_given) for given, of_given in made if of_given is not None]
+        return torch.autograd.grad(
+            [given for given, _ in asked],
+            inputs,
+            [of_given for _, of_given in asked],
+            create_graph=higher,
+            allow_unused=True,
         )
