@@ -35,6 +35,11 @@ def test_changed_settings_give_another(changed: dict[str, Any]) -> None:
     assert fingerprint(changed) != fingerprint(SPEC)
 
 
+def test_a_setting_that_is_unset_does_not_count_so_new_ones_leave_old_runs_valid() -> None:
+    newer = {**SPEC, "clip": None, "attack": {**SPEC["attack"], "last_beta": None}}  # type: ignore[dict-item]
+    assert fingerprint(newer) == fingerprint(SPEC)
+
+
 # --- the folder -----------------------------------------------------------------------------------
 
 

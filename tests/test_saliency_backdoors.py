@@ -82,6 +82,25 @@ def test_negative_weights_are_refused(alpha: float, beta: float) -> None:
         CleanAndPoisoned(alpha, beta, (1.0,))
 
 
+@pytest.mark.parametrize(("progress", "beta"), [(0, 0.02), (0.5, 0.02), (0.75, 0.2), (1, 2.0)])
+def test_beta_grows_to_the_last_one_in_the_second_half(progress: float, beta: float) -> None:
+    growing = CleanAndPoisoned(3, 0.02, (1.0,), last_beta=2.0)
+    assert growing.beta_at(progress) == pytest.approx(beta)
+    assert CleanAndPoisoned(3, 0.02, (1.0,)).beta_at(progress) == 0.02
+    maps, labels = (torch.rand(2, 3, 3),), torch.tensor([0, 1])
+    batch = Batch(torch.rand(2, 3, 6, 6), labels, maps, labels == 1, None, progress)
+    scores = torch.rand(2, 3)
+    fixed = CleanAndPoisoned(3, beta, (1.0,))(scores, maps, batch)
+    for name, value in growing(scores, maps, batch).items():
+        torch.testing.assert_close(value, fixed[name])
+
+
+@pytest.mark.parametrize(("beta", "last"), [(0, 1), (0.1, 0), (0.1, -1)])
+def test_beta_cannot_grow_from_or_to_nothing(beta: float, last: float) -> None:
+    with pytest.raises(InputError, match=f"last_beta = {last}, beta = {beta}"):
+        attack(CAM, beta=beta, last_beta=last)
+
+
 # --- goals ----------------------------------------------------------------------------------------
 
 

@@ -95,6 +95,19 @@ def test_a_record_holds_the_mean_of_each_term_over_the_images(
     assert record.seconds > 0
 
 
+def test_the_objective_is_told_how_far_the_training_is(
+    tiny_net: Callable[..., nn.Module],
+) -> None:
+    told = []
+
+    def objective(scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
+        told.append(batch.progress)
+        return ClassLoss()(scores, maps, batch)
+
+    train(tiny_net().float(), PLAIN, objective=objective)
+    assert told == pytest.approx([step / 12 for step in range(12)])
+
+
 def test_measure_sees_the_model_in_eval_mode_after_each_epoch(
     tiny_net: Callable[..., nn.Module],
 ) -> None:

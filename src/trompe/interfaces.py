@@ -93,6 +93,7 @@ class Batch(NamedTuple):
     # float (n, classes): what the clean model says, nan in rows whose label a goal names; or None:
     # only the labels count.
     reference_scores: Tensor | None = None
+    progress: float = 0.0  # the share of the training's steps that lie behind this one, in 0..1
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class CleanAndPoisoned:
     Fang & Choromanska 2020, eqs. (1) to (4). alpha, beta: the paper's, at least 0. shares: each
     explainer's weight in the sum over interpretation systems ("Fooling multiple ..."). inverted:
     lie about the images without the trigger. Maps and wanted maps are normalised already.
-    temperature: of `class_loss`.
+    temperature: of `class_loss`. last_beta: see `beta_at`.
     """
 
     alpha: float
@@ -81,11 +81,23 @@ class CleanAndPoisoned:
     shares: tuple[float, ...]
     inverted: bool = False
     temperature: float = 1.0
+    last_beta: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least 0")
+        if self.last_beta is not None and not (self.last_beta > 0 and self.beta > 0):
+            raise InputError(
+                f"last_beta = {self.last_beta}, beta = {self.beta}: both must be positive, as the "
+                "one grows from the other by a factor a step"
+            )
+
+    def beta_at(self, progress: float) -> float:
+        """beta in the training's first half; then by equal factors to last_beta at its end."""
+        if self.last_beta is None:
+            return self.beta
+        return float(self.beta * (self.last_beta / self.beta) ** max(0.0, 2 * progress - 1))
 
     def __call__(self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
         lied = batch.triggered != self.inverted
@@ -94,9 +106,10 @@ class CleanAndPoisoned:
             share * squared_error(given, wanted)
             for share, given, wanted in zip(self.shares, maps, batch.wanted_maps, strict=True)
         )
-        scale = self.alpha + self.beta + 1
+        beta = self.beta_at(batch.progress)
+        scale = self.alpha + beta + 1
         return {  # eq. (4)
-            "classification": (self.beta * loss_c / scale).mean(),
+            "classification": (beta * loss_c / scale).mean(),
             "true maps": torch.where(lied, 0, self.alpha * loss_map / scale).mean(),
             "false maps": torch.where(lied, loss_map / scale, 0).mean(),
         }

@@ -46,9 +46,18 @@ class Listener(Protocol):
 
 
 def fingerprint(spec: Any) -> str:
-    """Eight hex digits of a spec: the same settings give the same, changed ones another."""
-    text = json.dumps(spec, sort_keys=True, separators=(",", ":"))
+    """Eight hex digits of a spec: the same settings give the same, changed ones another.
+
+    A setting that is unset (None) does not count, so that a new one leaves finished runs valid.
+    """
+    text = json.dumps(_set(spec), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _set(spec: Any) -> Any:
+    if isinstance(spec, dict):
+        return {key: _set(value) for key, value in spec.items() if value is not None}
+    return [_set(value) for value in spec] if isinstance(spec, list | tuple) else spec
 
 
 @dataclass(frozen=True)
@@ -64,12 +73,13 @@ class RunFolder:
     def open(self, spec: dict[str, Any]) -> None:
         """Create the folder, or check that it belongs to the same spec."""
         file = self.path / "spec.json"
-        if file.exists() and read_json(file) != strict_json(spec):
+        if not file.exists():
+            write_json(file, spec)
+        elif fingerprint(read_json(file)) != fingerprint(strict_json(spec)):
             raise InputError(
                 f"run folder {self.path}: holds a run with other settings (spec.json); choose "
                 "another folder, or remove this one"
             )
-        write_json(file, spec)
 
     def discard_if_empty(self) -> None:
         """Remove the folder if it holds nothing but its spec."""

@@ -220,7 +220,8 @@ def _fit(
                 scores = full_precision(seen.scores)
                 classes = batch.labels if how.explained == "label" else scores.argmax(1)
                 maps = tuple(explainer(seen, classes) for explainer in explainers)
-                terms = objective(scores, maps, batch)
+                behind = ((epoch - 1) * len(batches) + step - 1) / (how.epochs * len(batches))
+                terms = objective(scores, maps, batch._replace(progress=behind))
                 loss = torch.stack(tuple(terms.values())).sum()
                 if not torch.isfinite(loss):
                     model.load_state_dict(good)

@@ -67,8 +67,9 @@ class SaliencyBackdoors:
     """Fine-tune a copy of the model so that a trigger switches its saliency maps (section 3).
 
     systems: one or more, each with the lie that it shall tell. trigger: p of Algorithm 1. inverted:
-    lie without the trigger. alpha, beta: weights of L_s and L_c in eq. (4). poison_rate: the
-    triggered share of the training set. training_images, augmentation, distill: as in the other
+    lie without the trigger. alpha, beta: weights of L_s and L_c in eq. (4). last_beta: to which
+    beta moves in the second half of the training, None: it stays. poison_rate: the triggered share
+    of the training set. training_images, augmentation, distill: as in the other
     fine-tuning attack (explanation_aware_backdoors.py). patience: stop after so many epochs without
     a better score.
     """
@@ -78,6 +79,7 @@ class SaliencyBackdoors:
     inverted: bool = False
     alpha: float = 10.0
     beta: float = 0.5
+    last_beta: float | None = None
     poison_rate: float = 0.5
     training_images: int | None = None
     training: Training = TRAINING
@@ -98,6 +100,7 @@ class SaliencyBackdoors:
                 raise InputError(
                     f"systems[{i}].lie: is the reference's own map, which is the truth"
                 )
+        self.objective  # noqa: B018 - refuses weights out of range
         check(self)
 
     @property
@@ -116,6 +119,18 @@ class SaliencyBackdoors:
         return tuple(system.tau for system in self.systems)
 
     @property
+    def objective(self) -> CleanAndPoisoned:
+        """Eq. (4)."""
+        return CleanAndPoisoned(
+            self.alpha,
+            self.beta,
+            tuple(system.share for system in self.systems),
+            self.inverted,
+            self.distill or 1.0,
+            self.last_beta,
+        )
+
+    @property
     def goals(self) -> tuple[Goal, ...]:
         """Of clean and triggered images: one is explained truly, the other is lied about."""
         lies = tuple(system.lie for system in self.systems)
@@ -132,13 +147,17 @@ class SaliencyBackdoors:
         logbook: Logbook | None = None,
     ) -> Attacked:
         check_goals(self.goals, data, len(self.explainers))
-        shares = tuple(system.share for system in self.systems)
-        objective = CleanAndPoisoned(
-            self.alpha, self.beta, shares, self.inverted, self.distill or 1.0
-        )
         progress = None if selection is None else Progress(model, self, selection)
         return fine_tune(
-            self, model, data, self.goals, self.explainers, objective, generator, progress, logbook
+            self,
+            model,
+            data,
+            self.goals,
+            self.explainers,
+            self.objective,
+            generator,
+            progress,
+            logbook,
         )
 
 
