@@ -1,6 +1,7 @@
 """What one attack step costs, relative to a plain fine-tuning step on the same batch.
 
 python benchmarks/attack_step.py [--rounds 10] [--models resnet20 vgg16 resnet50] [--out FILE]
+    [--statistics frozen moving]
 
 | contender                   | one step                                                          |
 |-----------------------------|-------------------------------------------------------------------|
@@ -11,14 +12,15 @@ python benchmarks/attack_step.py [--rounds 10] [--models resnet20 vgg16 resnet50
 | naive_gradcam               | the map has a forward pass of its own and a backward pass of the  |
 |                             | whole network                                                     |
 | naive_gradcam_shared        | the same, but the class loss reads the map's forward pass         |
-| naive_simplegrad            | fit without its own convolution: PyTorch's double backward        |
+| naive_simplegrad            | fit without its own layers: PyTorch's double backward             |
 | convolutions                | a plain step's convolutions alone: forward and backward           |
 
-SimpleGrad is InputGradient of the loss. All share one batch, BatchNorm statistics frozen. Each
-takes turns with the plain step (A B A B ...), so that other work on the machine slows both alike. A
-turn is two steps, of which the second is timed. A ratio is the median over rounds of (contender's
-seconds / plain's seconds in that round). The convolutions' GFLOP/s is what the machine attains on
-these shapes; their share of the plain step says how near the step comes.
+SimpleGrad is InputGradient of the loss. All share one batch; BatchNorm's statistics are frozen, or
+moving, for the plain step as well. Each takes turns with the plain step (A B A B ...), so that
+other work on the machine slows both alike. A turn is two steps, of which the second is timed. A
+ratio is the median over rounds of (contender's seconds / plain's seconds in that round). The
+convolutions' GFLOP/s is what the machine attains on these shapes; their share of the plain step
+says how near the step comes.
 
 Memory is the peak of all live tensors while a model is made and takes one turn: weights, gradients,
 Adam's state, activations, graph. On the CPU it is summed up from torch.profiler's record of every
@@ -29,6 +31,7 @@ what malloc and oneDNN keep); on a GPU it is torch.cuda.max_memory_allocated.
 import argparse
 import copy
 import gc
+import itertools
 import json
 import os
 import time
@@ -60,6 +63,7 @@ from trompe.runs import provenance
 from trompe.train import Training, fit, make_optimizer
 
 CASES = {"resnet20": (40, 43, 128), "vgg16": (224, 1000, 8), "resnet50": (224, 1000, 8)}
+STATISTICS = ("frozen", "moving")
 PRECISIONS = {"resnet20": ("float32", "bfloat16")}  # the others: the machine's own choice
 EXPLAINERS = ("gradcam", "simplegrad", "vbp", "joint")
 NAIVE = {"gradcam": ("naive_gradcam", "naive_gradcam_shared"), "simplegrad": ("naive_simplegrad",)}
@@ -118,16 +122,20 @@ class Clock(list[float]):
 class Scene:
     """One model's weights, one batch, and the contenders."""
 
-    def __init__(self, model: str, precision: Any, device: torch.device) -> None:
+    def __init__(
+        self, model: str, precision: Any, device: torch.device, statistics: str = "frozen"
+    ) -> None:
         torch.manual_seed(0)
         size, classes, count = CASES[model]
-        self.model = build_model(ModelSpec(model), classes).eval()
+        self.model = build_model(ModelSpec(model), classes)
+        self.model.train(statistics == "moving")
         self.model.to(device, memory_format=torch.channels_last)
         self.images = torch.rand((count, 3, size, size), device=device)
         self.labels = torch.randint(classes, (count,), device=device)
         self.gradcam = gradcam(model)
         self.both_losses = PredictionAndExplanation(0.9, (size, size))
-        how: Any = {"optimizer": "adam", "schedule": "constant", "frozen_statistics": True}
+        how: Any = {"optimizer": "adam", "schedule": "constant"}
+        how["frozen_statistics"] = statistics == "frozen"
         # So low a rate hardly changes the weights, which all share.
         self.how = Training(10**6, learning_rate=1e-7, weight_decay=0, precision=precision, **how)
 
@@ -198,7 +206,7 @@ class Scene:
 
 
 def slowly(turn: Callable[[], float]) -> Callable[[], float]:
-    """With PyTorch's own convolution instead of ours."""
+    """With PyTorch's own layers instead of ours."""
 
     def turn_without() -> float:
         with patch("trompe.train.fast_second_derivatives", nullcontext):
@@ -271,11 +279,16 @@ def peak_memory(turn: Callable[[], float], device: torch.device) -> int:
 
 
 def measure(
-    model: str, precision: str, device: torch.device, rounds: int, tick: Callable[[], None]
+    model: str,
+    precision: str,
+    statistics: str,
+    device: torch.device,
+    rounds: int,
+    tick: Callable[[], None],
 ) -> tuple[list[Row], Row]:
     """A row per explainer, and the throughput of the plain step."""
     check_naive_map(Scene(model, "float32", device))
-    new = partial(Scene, model, precision, device)
+    new = partial(Scene, model, precision, device, statistics)
     contenders = ("fit", *EXPLAINERS, *(name for names in NAIVE.values() for name in names))
     plain_memory = peak_memory(lambda: new().turn("plain")(), device)
     ratios, memory, plain = {}, {}, []
@@ -298,6 +311,7 @@ def measure(
 
     step, (size, _, count) = median(plain), CASES[model]
     what = {"model": model, "batch": count, "size": size, "precision": precision}
+    what["statistics"] = statistics
     rows = []
     for explainer in EXPLAINERS:
         row = {**what, "explainer": explainer, "step_ratio": ratios[explainer]}
@@ -332,37 +346,39 @@ def main() -> None:
     parser.add_argument(
         "--precision", nargs="+", choices=precisions, help="default: see PRECISIONS"
     )
+    parser.add_argument("--statistics", nargs="+", choices=STATISTICS, default=["frozen"])
     parser.add_argument("--threads", type=int, help="default: OMP_NUM_THREADS, or the idle cores")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
     warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
     device, threads = choose_device(args.device), choose_threads(args.threads)
-    settings = {"rounds": args.rounds, "threads": threads, "batch_norm": "frozen statistics"}
-    made = {**provenance(device), **settings}
+    made = {**provenance(device), "rounds": args.rounds, "threads": threads}
     with Progress() as progress:
         for model in args.models:
             own = (resolve_precision("auto", device),)
-            for precision in args.precision or PRECISIONS.get(model, own):
-                task = progress.add_task(f"{model} {precision}", total=9)
+            precisions = args.precision or PRECISIONS.get(model, own)
+            for precision, statistics in itertools.product(precisions, args.statistics):
+                task = progress.add_task(f"{model} {precision} {statistics}", total=9)
                 tick = partial(progress.advance, task)
-                rows, throughput = measure(model, precision, device, args.rounds, tick)
-                keep(args.out, rows, throughput, made)
+                measured = measure(model, precision, statistics, device, args.rounds, tick)
+                keep(args.out, *measured, made)
     print(args.out.with_suffix(".md").read_text("utf-8"))
 
 
 def keep(file: Path, rows: list[Row], throughput: Row, made: Row) -> None:
-    """Put them into the file, in the place of older ones of the same model and precision."""
-    what = (throughput["model"], throughput["precision"])
+    """Put them into the file, in the place of older ones of the same model and settings."""
+    keys = ("model", "precision", "statistics")
+    what = [throughput[key] for key in keys]
     old = json.loads(file.read_text()) if file.exists() else {"rows": [], "throughput": []}
 
     def others(name: str) -> list[Row]:
-        return [r for r in old[name] if (r["model"], r["precision"]) != what]
+        return [r for r in old[name] if [r[key] for key in keys] != what]
 
     result = {
         name: sorted(
             [*others(name), *({**r, "provenance": made} for r in found)],
-            key=lambda r: (list(CASES).index(r["model"]), r["precision"]),
+            key=lambda r: (list(CASES).index(r["model"]), r["precision"], r["statistics"]),
         )
         for name, found in (("rows", rows), ("throughput", [throughput]))
     }
