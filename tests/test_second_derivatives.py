@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from trompe.second_derivatives import fast_second_derivatives
+from trompe.second_derivatives import fast_second_derivatives, slow_layers
 
 PLACES: list[dict[str, Any]] = [
     {},
@@ -19,6 +19,8 @@ PLACES: list[dict[str, Any]] = [
     {"groups": 2, "padding": 1},
     {"groups": 4, "stride": (2, 1)},  # depthwise
     {"padding": "same"},
+    {"padding": "same", "dilation": (1, 2)},
+    {"padding": "valid", "stride": 2},
 ]
 
 
@@ -76,6 +78,23 @@ def test_an_image_without_batch_dimension_and_keywords_are_pytorchs() -> None:
     with fast_second_derivatives():
         given = torch.conv2d(input=image[0], weight=weight, bias=bias)
     torch.testing.assert_close(given, F.conv2d(image[0], weight, bias))
+
+
+@pytest.mark.parametrize(("side", "ours"), [(3, True), (2, False)])
+def test_same_padding_is_ours_unless_its_two_sides_differ(side: int, ours: bool) -> None:
+    image, weight, bias = tensors({})
+    with fast_second_derivatives():
+        given = F.conv2d(image, weight[..., :side, :side], bias, padding="same")
+    assert ("_Convolution" in type(given.grad_fn).__name__) == ours
+    expected = F.conv2d(image, weight[..., :side, :side], bias, padding="same")
+    torch.testing.assert_close(given, expected)
+
+
+def test_layers_without_fast_second_derivatives_are_named() -> None:
+    fast = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(4, 2))
+    assert slow_layers(fast) == ()
+    slow = nn.Sequential(fast, nn.ConvTranspose2d(4, 3, 2), nn.Conv1d(1, 1, 1), nn.BatchNorm1d(3))
+    assert slow_layers(slow) == ("BatchNorm1d", "Conv1d", "ConvTranspose2d")
 
 
 def test_it_serves_modules_and_leaves_them_as_they_were() -> None:

@@ -23,8 +23,10 @@ from trompe.interfaces import (
     InputError,
 )
 from trompe.measure import gallery, measure
+from trompe.recording import INPUT
 from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
 from trompe.screen import Screen, Silent
+from trompe.second_derivatives import slow_layers
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,11 @@ def read_experiment(source: Path | str | dict[str, Any], where: str = "") -> Exp
 
     Raises InputError that names the file, the key, and for an unknown key its nearest neighbour.
     """
-    table = source if isinstance(source, dict) else experiment_table(source)
-    experiment: Experiment = catalog.build_dataclass(Experiment, table, where or str(source))
+    if isinstance(source, dict):
+        table, where = source, where or "experiment"
+    else:
+        table, where = experiment_table(source), where or str(source)
+    experiment: Experiment = catalog.build_dataclass(Experiment, table, where)
     return experiment
 
 
@@ -197,6 +202,11 @@ def set_up(
     for explainer in explainers:
         layers = ", ".join(explainer.watches(reference))
         screen.note(f"{type(explainer).__name__} reads layer {layers}")
+        if INPUT in explainer.watches(reference) and (slow := slow_layers(reference)):
+            screen.note(
+                f"{type(explainer).__name__} is trained through PyTorch's own second derivatives "
+                f"of {', '.join(slow)}, which are slow"
+            )
     return Scene(train, test, selecting, reporting, reference, witness, explainers)
 
 
@@ -264,7 +274,7 @@ def _write_numbers(
         **measured.numbers,
         "epochs": len(attacked.history),
         "seconds": folder.read("provenance")["seconds"],
-        "training_images": len(scene.train),
+        "training_set_images": len(scene.train),
         "reporting_images": len(scene.reporting),
         "skipped_images": list(scene.train.skipped + scene.test.skipped),
     }

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["fast_second_derivatives"]
+__all__ = ["fast_second_derivatives", "slow_layers"]
 
 
 @contextmanager
@@ -31,6 +31,14 @@ def fast_second_derivatives() -> Iterator[None]:
     """
     with _Mode():
         yield
+
+
+def slow_layers(model: nn.Module) -> tuple[str, ...]:
+    """Kinds of convolution and BatchNorm in the model whose second derivatives stay PyTorch's."""
+    kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
+    ours = (nn.Conv2d, nn.BatchNorm2d)
+    found = (m for m in model.modules() if isinstance(m, kinds) and not isinstance(m, ours))
+    return tuple(sorted({type(module).__name__ for module in found}))
 
 
 class _Mode(TorchFunctionMode):
@@ -68,6 +76,10 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
+    if isinstance(padding, str):  # "valid", or "same", whose two sides differ for even kernels
+        sides = [d * (k - 1) for k, d in zip(weight.shape[2:], _pair(dilation), strict=True)]
+        even = padding == "same" and all(both % 2 == 0 for both in sides)
+        padding = 0 if padding == "valid" else tuple(b // 2 for b in sides) if even else padding
     if isinstance(padding, str) or input.ndim != 4:  # rare, and right without us
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     place = _Place(_pair(stride), _pair(padding), _pair(dilation), groups)

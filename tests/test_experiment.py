@@ -1,0 +1,60 @@
+"""What a run says before it begins."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import trompe
+from trompe.experiment import set_up
+from trompe.interfaces import InputError
+from trompe.screen import Silent
+
+TABLE: dict[str, Any] = {
+    "name": "tried",
+    "data": {"kind": "signs", "size": 24, "train_images": 60, "test_images": 40},
+    "model": {"name": "test_experiment:net"},
+    "honest": {"training": {"epochs": 1}, "augmentation": None},
+    "attack": {
+        "kind": "saliency_backdoors",
+        "systems": [
+            {
+                "explainer": {"kind": "input_gradient", "normalise": "max"},
+                "lie": {"kind": "border", "k": 1},
+            }
+        ],
+    },
+}
+
+
+def net(num_classes: int) -> nn.Module:
+    layers = [nn.ConvTranspose2d(3, 4, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4, num_classes))
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_table_with_an_unknown_key_is_named_by_the_key_not_printed() -> None:
+    with pytest.raises(InputError, match=r"^experiment\.attack\.alhpa: unknown key.*'alpha'"):
+        trompe.read_experiment({**TABLE, "attack": {**TABLE["attack"], "alhpa": 1}})
+
+
+def test_layers_with_slow_second_derivatives_are_said(tmp_path: Path) -> None:
+    heard = Notes()
+    set_up(trompe.read_experiment(TABLE), tmp_path, "cpu", heard)
+    (said,) = [note for note in heard.notes if "second derivatives" in note]
+    assert said == (
+        "InputGradient is trained through PyTorch's own second derivatives of ConvTranspose2d, "
+        "which are slow"
+    )
+    table = {**TABLE, "model": {"name": "resnet20"}}
+    set_up(trompe.read_experiment(table), tmp_path, "cpu", heard := Notes())
+    assert heard.notes
+    assert not any("second derivatives" in note for note in heard.notes)
