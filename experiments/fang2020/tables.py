@@ -200,17 +200,23 @@ GTSRB_WEIGHTS: dict[tuple[str, str, str], tuple[float, ...]] = {
 }
 GTSRB_WEIGHTS["resnet20", "vbp", "non-targeted"] = (20, 0.05, 0.2)
 GTSRB_WEIGHTS["vgg_small", "gradcam", "non-targeted"] = (20, 0.05, 0.2)
+GTSRB_WEIGHTS["vgg_small", "simplegrad", "targeted"] = (0.7, 0.02, 0.05)
 # The lie of an input gradient is learnt faster with softplus in ReLU's place, and needs more steps.
 # A step costs more, so there are fewer images.
 FINE_TUNING: dict[tuple[str, str], dict[str, Any]] = {
-    ("gtsrb", what): {
+    (model, what): {
         "training_images": images,
         "training": {
             **{"softplus_beta": 10, "epochs": epochs},
             **{"batch_size": 32, "learning_rate": 5e-3},
         },
     }
-    for what, images, epochs in (("simplegrad", 7000, 5), ("joint", 6000, 3))
+    for model, what, images, epochs in (
+        ("resnet20", "simplegrad", 7000, 5),
+        ("resnet20", "joint", 6000, 4),
+        ("vgg_small", "simplegrad", 7000, 5),
+        ("vgg_small", "joint", 6000, 3),
+    )
 }
 WEIGHTS: dict[str, dict[tuple[str, str, str], tuple[float, ...]]] = {
     "gtsrb": GTSRB_WEIGHTS,
@@ -268,7 +274,7 @@ def experiment_of(row: Row) -> trompe.Experiment:
     weights = (WEIGHTS_INVERTED if row.inverted else WEIGHTS)[row.setting]
     if (key := (row.model, what, row.kind)) in weights:
         attack |= zip(("alpha", "beta", "last_beta"), weights[key], strict=False)
-    own = FINE_TUNING.get((row.setting, what), {})
+    own = FINE_TUNING.get((row.model, what), {})
     attack |= {**own, "training": {**attack["training"], **own.get("training", {})}}
     model = {**table["model"], "name": row.model}
     changed = {"name": row.name, "model": model, "attack": attack, "seed": row.seed}
