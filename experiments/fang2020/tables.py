@@ -193,7 +193,7 @@ GTSRB_WEIGHTS: dict[tuple[str, str, str], tuple[float, ...]] = {
         ("simplegrad", "targeted", (2, 0.02, 0.1)),
         # L_p is a sum over pixels and L_s a mean: lying everywhere would cost next to nothing.
         ("vbp", "non-targeted", (20, 0.05)),
-        ("simplegrad", "non-targeted", (20, 0.05, 0.2)),
+        ("simplegrad", "non-targeted", (3, 0.04, 0.2)),
         ("joint", "targeted", (2, 0.02, 0.2)),
         ("joint", "non-targeted", (10, 0.05, 0.2)),
     )
