@@ -26,8 +26,8 @@ __all__ = ["fast_second_derivatives", "slow_layers"]
 def fast_second_derivatives() -> Iterator[None]:
     """Inside, convolutions, BatchNorm and ReLU are differentiable at about one cost at each order.
 
-    Same values as F.conv2d, F.batch_norm and F.relu; of other dimensions and with frozen statistics
-    they are these. For any model: what is called is replaced, not its modules.
+    Same values as F.conv2d, F.batch_norm and F.relu, which go on serving all but two-dimensional
+    images, and frozen statistics. For any model: what is called is replaced, not its modules.
     """
     with _Mode():
         yield
