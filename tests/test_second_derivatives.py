@@ -80,6 +80,7 @@ def test_an_image_without_batch_dimension_and_keywords_are_pytorchs() -> None:
     torch.testing.assert_close(given, F.conv2d(image[0], weight, bias))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize(("side", "ours"), [(3, True), (2, False)])
 def test_same_padding_is_ours_unless_its_two_sides_differ(side: int, ours: bool) -> None:
     image, weight, bias = tensors({})
