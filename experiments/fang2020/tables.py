@@ -184,7 +184,7 @@ CUB100_SYSTEMS = {  # 7x7 maps
 }
 SYSTEMS = {"gtsrb": GTSRB_SYSTEMS, "cub100": CUB100_SYSTEMS, "paper": PAPER_SYSTEMS}
 # alpha, beta and, at the end of the training, last_beta, where gtsrb.toml's do not serve: found on
-# the selection half.
+# the selection half, but for the rows that docs/fang2020.md names.
 GTSRB_WEIGHTS: dict[tuple[str, str, str], tuple[float, ...]] = {
     (model, what, kind): weights
     for model in MODELS["gtsrb"]
