@@ -13,7 +13,7 @@ from trompe import runs
 from trompe.interfaces import EpochRecord, InputError
 from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
 
-SPEC = {"name": "x", "attack": {"kind": "a", "weight": 0.9, "goals": [None, 1]}}
+SPEC: dict[str, Any] = {"name": "x", "attack": {"kind": "a", "weight": 0.9, "goals": [None, 1]}}
 
 
 # --- fingerprint ----------------------------------------------------------------------------------
@@ -29,14 +29,14 @@ def test_the_same_settings_give_the_same_fingerprint() -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{**SPEC, "name": "y"}, {**SPEC, "attack": {**SPEC["attack"], "weight": 0.91}}, {}],  # type: ignore[dict-item]
+    [{**SPEC, "name": "y"}, {**SPEC, "attack": {**SPEC["attack"], "weight": 0.91}}, {}],
 )
 def test_changed_settings_give_another(changed: dict[str, Any]) -> None:
     assert fingerprint(changed) != fingerprint(SPEC)
 
 
 def test_a_setting_that_is_unset_does_not_count_so_new_ones_leave_old_runs_valid() -> None:
-    newer = {**SPEC, "clip": None, "attack": {**SPEC["attack"], "last_beta": None}}  # type: ignore[dict-item]
+    newer = {**SPEC, "clip": None, "attack": {**SPEC["attack"], "last_beta": None}}
     assert fingerprint(newer) == fingerprint(SPEC)
 
 

@@ -516,6 +516,18 @@ def transfer_markdown(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def record(table: str, results: list[dict[str, Any]]) -> None:
+    """Put one model's results into its table and the README; called at once, so none gets lost."""
+    file = RESULTS / f"table{table}.json"
+    write(file.with_suffix(".md"), markdown(f"Table {table}", unite_rows(file, results, KEYS)))
+    readme = ROOT / "README.md"
+    write(readme, put_between(readme.read_text("utf-8"), "fang2020", readme_table(measured())))
+
+
+def write(file: Path, text: str) -> None:
+    write_atomically(file, lambda place: place.write_text(text, "utf-8"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--setting", choices=BASE, default="gtsrb")
@@ -538,8 +550,6 @@ def main() -> None:
     device = choose_device(chosen.device)
     choose_threads()
 
-    results: list[dict[str, Any]] = []
-    transferred: list[dict[str, Any]] = []
     remembered = Remembered(limit=48)
     for row in rows(chosen):
         experiment = experiment_of(row)
@@ -550,26 +560,12 @@ def main() -> None:
             with progress_bars() as bars:
                 bars.note(f"table {row.table}: {row.name}, seed {row.seed}")
                 run = trompe.run(experiment, chosen.root, device, bars, remembered)
-                results += results_of(row, run)
+                record(row.table, results_of(row, run))
                 if chosen.transfer:
                     bars.stage("observing all explainers")
-                    transferred += transfer(row, chosen.root, device, chosen.images, remembered)
-    for table in chosen.tables:
-        of_table = [r for r in results if r["table"] == table]
-        if of_table:
-            file = RESULTS / f"table{table}.json"
-            of_table = unite_rows(file, of_table, KEYS)
-            text = markdown(f"Table {table}", of_table)
-            write_atomically(
-                file.with_suffix(".md"), lambda place, text=text: place.write_text(text)
-            )
-    if transferred:
-        transferred = unite_rows(RESULTS / "transfer.json", transferred, KEYS)
-        text = transfer_markdown(transferred)
-        write_atomically(RESULTS / "transfer.md", lambda place: place.write_text(text))
-    if results:
-        readme = put_between((ROOT / "README.md").read_text(), "fang2020", readme_table(measured()))
-        write_atomically(ROOT / "README.md", lambda place: place.write_text(readme))
+                    observed = transfer(row, chosen.root, device, chosen.images, remembered)
+                    everything = unite_rows(RESULTS / "transfer.json", observed, KEYS)
+                    write(RESULTS / "transfer.md", transfer_markdown(everything))
 
 
 if __name__ == "__main__":

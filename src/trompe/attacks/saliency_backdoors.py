@@ -100,7 +100,7 @@ class SaliencyBackdoors:
                 raise InputError(
                     f"systems[{i}].lie: is the reference's own map, which is the truth"
                 )
-        self.objective  # noqa: B018 - refuses weights out of range
+        _ = self.objective  # refuses weights out of range before a reference is trained for them
         check(self)
 
     @property
