@@ -203,23 +203,18 @@ GTSRB_WEIGHTS["vgg_small", "gradcam", "non-targeted"] = (20, 0.05, 0.2)
 GTSRB_WEIGHTS["vgg_small", "simplegrad", "targeted"] = (0.7, 0.02, 0.05)
 GTSRB_WEIGHTS["vgg_small", "joint", "targeted"] = (0.7, 0.02, 0.1)
 # A system's share among several, where not 1: with equal ones SimpleGrad's lie stayed behind.
-SHARES = {("vgg_small", "simplegrad"): 3.0}
+SHARES = {("vgg_small", "joint", "simplegrad"): 3.0}
 # The lie of an input gradient is learnt faster with softplus in ReLU's place, and needs more steps.
 # A step costs more, so there are fewer images.
 FINE_TUNING: dict[tuple[str, str], dict[str, Any]] = {
-    (model, what): {
+    ("gtsrb", what): {
         "training_images": images,
         "training": {
             **{"softplus_beta": 10, "epochs": epochs},
             **{"batch_size": 32, "learning_rate": 5e-3},
         },
     }
-    for model, what, images, epochs in (
-        ("resnet20", "simplegrad", 7000, 5),
-        ("resnet20", "joint", 6000, 4),
-        ("vgg_small", "simplegrad", 7000, 5),
-        ("vgg_small", "joint", 6000, 4),
-    )
+    for what, images, epochs in (("simplegrad", 7000, 5), ("joint", 6000, 4))
 }
 WEIGHTS: dict[str, dict[tuple[str, str, str], tuple[float, ...]]] = {
     "gtsrb": GTSRB_WEIGHTS,
@@ -270,17 +265,17 @@ def experiment_of(row: Row) -> trompe.Experiment:
         **table["attack"],
         "inverted": row.inverted,
         "systems": [
-            _system(explainer, row.kind, systems[row.model, explainer, row.kind])
+            {
+                **_system(explainer, row.kind, systems[row.model, explainer, row.kind]),
+                "share": SHARES.get((row.model, what, explainer), 1.0),
+            }
             for explainer in row.attacked
         ],
     }
-    for explainer, system in zip(row.attacked, attack["systems"], strict=True):
-        if len(row.attacked) > 1 and (share := SHARES.get((row.model, explainer))):
-            system["share"] = share
     weights = (WEIGHTS_INVERTED if row.inverted else WEIGHTS)[row.setting]
     if (key := (row.model, what, row.kind)) in weights:
         attack |= zip(("alpha", "beta", "last_beta"), weights[key], strict=False)
-    own = FINE_TUNING.get((row.model, what), {})
+    own = FINE_TUNING.get((row.setting, what), {})
     attack |= {**own, "training": {**attack["training"], **own.get("training", {})}}
     model = {**table["model"], "name": row.model}
     changed = {"name": row.name, "model": model, "attack": attack, "seed": row.seed}
