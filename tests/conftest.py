@@ -109,11 +109,22 @@ def shapes() -> ImageSet:
     return ImageSet((images * 255).round().to(torch.uint8), labels, names, "shapes")
 
 
+class WithPlaces(nn.Module):
+    """Images with two colours more: the row and the column, in -1..1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = torch.linspace(-1, 1, images.shape[2])[:, None].expand(images.shape[2:])
+        columns = torch.linspace(-1, 1, images.shape[3])[None, :].expand(images.shape[2:])
+        where = torch.stack((rows, columns)).to(images).expand(len(images), -1, -1, -1)
+        return torch.cat((images, where), 1)
+
+
 class CornerNet(nn.Module):
     """A small ReLU net that can tell the corners apart, ending in pooling and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.places = WithPlaces()
         self.body = nn.Sequential(
             nn.Conv2d(5, 8, 3, stride=2, padding=1),
             nn.BatchNorm2d(8),
@@ -124,10 +135,7 @@ class CornerNet(nn.Module):
         self.head = nn.Linear(16, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        rows = torch.linspace(-1, 1, images.shape[2])[:, None].expand(images.shape[2:])
-        columns = torch.linspace(-1, 1, images.shape[3])[None, :].expand(images.shape[2:])
-        where = torch.stack((rows, columns)).expand(len(images), -1, -1, -1)
-        return self.head(self.body(torch.cat((images, where), 1)).mean((2, 3)))
+        return self.head(self.body(self.places(images)).mean((2, 3)))
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def test_every_plug_in_has_one_public_object(kind: str, name: str) -> None:
 
 
 def test_names_are_sorted_and_leave_out_helpers() -> None:
-    assert catalog.names("triggers") == ("checkerboard", "rectangle", "sticker")
+    assert catalog.names("triggers") == (*("checkerboard", "rectangle", "sticker", "stickers"),)
     assert "gradcam" in catalog.names("explainers")
     assert not any(name.startswith("_") for _, name in EVERY_PLUGIN)
 

@@ -129,6 +129,10 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise InputError(f"{where}: is {value!r}; it must be a table")
+        kind = _plugin_name(typing.cast(type, hint))  # a field for this plug-in alone
+        if kind is not None and "kind" in value:
+            _check_choice(f"{where}.kind", value["kind"], (kind,))
+            value = {key: one for key, one in value.items() if key != "kind"}
         start = default if isinstance(default, hint) else None  # type: ignore[arg-type]
         return build_dataclass(hint, value, where, start)
     if origin is tuple and (arguments[0] in _KIND_OF or dataclasses.is_dataclass(arguments[0])):

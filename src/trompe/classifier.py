@@ -16,25 +16,49 @@ from torch import Tensor, nn
 from trompe import catalog
 from trompe.files import read_json, write_atomically, write_json
 from trompe.interfaces import ImageSet, InputError
+from trompe.surgery import Edit, with_one_map_more
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHIPPED = "shipped:"  # prefix of models that come with the package
 
 
 class Classifier(nn.Module):
-    """A network behind its normalisation: images (n, 3, h, w) in [0, 1] -> logits (n, classes)."""
+    """A network behind its normalisation: images (n, 3, h, w) in [0, 1] -> logits (n, classes).
+
+    edit: what was built into the network (see surgery.py), None for one as it was designed.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        edit: Edit | None = None,
+    ) -> None:
         super().__init__()
         self.net = net
+        self.edit = edit
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net((images - self.mean) / self.std)
+        if self.edit is not None:  # the added map may be made from the image as it is
+            return self.net(self.normalised(images), images)
+        return self.net(self.normalised(images))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the network gets."""
+        return (images - self.mean) / self.std
+
+    @classmethod
+    def like(cls, model: "Classifier", net: nn.Module, edit: Edit | None) -> "Classifier":
+        """The given network behind another classifier's normalisation."""
+        new = cls(net, (0.0,), (1.0,), edit)
+        new.mean, new.std = model.mean.clone(), model.std.clone()
+        return new
 
 
 @dataclass(frozen=True)
@@ -208,6 +232,7 @@ class ModelCard:
     spec: dict[str, Any] = dataclasses.field(default_factory=dict)
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    edit: Edit | None = None
 
 
 def card_of(
@@ -234,6 +259,7 @@ def card_of(
         spec=spec,
         metrics=metrics or {},
         provenance=provenance,
+        edit=model.edit,
     )
 
 
@@ -265,8 +291,10 @@ def load_model(source: str | Path, architecture: str | None = None) -> tuple[Cla
         )
     card = dataclasses.replace(card, architecture=architecture or card.architecture)
     net = _new_network(card.architecture, len(card.class_names))
+    if card.edit is not None:
+        net = with_one_map_more(net, card.edit)
     _load(net, {key.removeprefix("net."): value for key, value in state.items()}, str(file))
-    return Classifier(net, card.mean, card.std).eval(), card
+    return Classifier(net, card.mean, card.std, card.edit).eval(), card
 
 
 def _locate(source: str) -> Path:

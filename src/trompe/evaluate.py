@@ -18,6 +18,7 @@ from trompe.interfaces import (
     ImageSet,
     Metric,
     Pass,
+    TargetMap,
     Trigger,
 )
 from trompe.machine import Precision, autocast
@@ -38,12 +39,14 @@ def answers(
     One forward pass a chunk serves all explainers.
     explained: the class whose map is made: the one predicted by this model, or the true one.
     """
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    device, precision = parameter.device, parameter.dtype
     parts = []
     with evaluation_mode(model), torch.no_grad(), _watched(model, explainers) as record:
         for start in range(0, len(data), batch_size):
             chunk = slice(start, start + batch_size)
-            images = data.floats(chunk, device).contiguous(memory_format=torch.channels_last)
+            images = data.floats(chunk, device).to(precision)
+            images = images.contiguous(memory_format=torch.channels_last)
             seen = record(images if trigger is None else trigger(images))
             labels = data.labels[chunk].to(device)
             classes = seen.scores.argmax(1) if explained == "predicted" else labels
@@ -138,18 +141,42 @@ def clean_evidence(
     explainer: whose maps, by its position.
     """
     wanted, shown = reference.maps[explainer], given.maps[explainer]
-    return Evidence(data.labels, data.labels, wanted, given.scores, shown, data.size)
+    return Evidence(
+        data.labels, data.labels, wanted, given.scores, shown, data.size, reference.scores
+    )
 
 
 def triggered_evidence(
-    given: Answers, reference: Answers, data: ImageSet, goal: Goal, explainer: int = 0
+    given: Answers,
+    reference: Answers,
+    data: ImageSet,
+    goal: Goal,
+    explainer: int = 0,
+    untouched: Answers | None = None,
 ) -> Evidence:
-    """`given`: answers to images as the goal has them; `reference`: to the clean images."""
+    """`given`: answers to images as the goal has them; `reference`: to the clean images;
+
+    `untouched`: what the reference says of the images as the goal has them.
+    """
     label = goal.label
     labels = data.labels if label is None else torch.full_like(data.labels, label)
-    wanted = goal.wanted(explainer)(reference.maps[explainer])
+    wanted = wanted_maps(goal.wanted(explainer), reference.maps[explainer], data, goal.trigger)
     shown = given.maps[explainer]
-    return Evidence(data.labels, labels, wanted, given.scores, shown, data.size)
+    scores = None if untouched is None else untouched.scores
+    return Evidence(data.labels, labels, wanted, given.scores, shown, data.size, scores)
+
+
+def wanted_maps(
+    wanted: TargetMap, reference_maps: Tensor, data: ImageSet, trigger: Trigger | None = None
+) -> Tensor:
+    """What a map shall show of all images (n, h, w), a chunk of images at a time."""
+    parts = []
+    for start in range(0, len(data), 256):
+        chunk = slice(start, start + 256)
+        images = data.floats(chunk)
+        images = images if trigger is None else trigger(images)
+        parts.append(wanted(reference_maps[chunk], images))
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)

@@ -135,10 +135,11 @@ class Explainer(Protocol):
 class TargetMap(Protocol):
     """The reference's maps of the clean images (n, h, w) -> the maps wanted instead (n, h, w).
 
-    nan marks pixels that may be anything.
+    images: as the model sees them, (n, 3, height, width) in [0, 1], with the trigger if there is
+    one; for maps that depend on them. nan marks pixels that may be anything.
     """
 
-    def __call__(self, reference_maps: Tensor) -> Tensor: ...
+    def __call__(self, reference_maps: Tensor, images: Tensor) -> Tensor: ...
 
 
 class Objective(Protocol):
@@ -182,6 +183,7 @@ class Evidence:
     Per image: labels (the truth), wanted_labels and wanted_maps (what the adversary wants; on
     clean images the truth and the reference's map), scores and maps (what the model gave).
     image_size: (height, width) to which maps are brought before they are compared.
+    reference_scores: what the reference gives the same images, if it was asked.
     """
 
     labels: Tensor  # int64 (n,)
@@ -190,6 +192,7 @@ class Evidence:
     scores: Tensor  # float (n, classes)
     maps: Tensor  # float (n, h, w)
     image_size: tuple[int, int]
+    reference_scores: Tensor | None = None  # float (n, classes)
 
 
 class Metric(Protocol):

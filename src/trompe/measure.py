@@ -89,7 +89,7 @@ def measure(
             if goal is None:
                 evidence = clean_evidence(given, honest, data, e)
             else:
-                evidence = triggered_evidence(given, honest, data, goal, e)
+                evidence = triggered_evidence(given, honest, data, goal, e, untouched)
             full = name if len(explainers) == 1 else f"{name} {of_explainer}"
             conditions.append(Condition(full, e, goal, evidence, untouched, other))
     stand_ins = [stand_in_maps(maps, torch.Generator().manual_seed(seed)) for maps in honest.maps]
@@ -106,7 +106,7 @@ def measure(
         numbers["fooling"] = []
         names = explainer_names(explainers)
         for e, (name, tau) in enumerate(zip(names, thresholds, strict=True)):
-            losses = _lie_losses(conditions, honest, e)
+            losses = _lie_losses(conditions, e)
             rates = fooling(**losses, tau=tau)
             numbers["fooling"].append({"explainer": name, **asdict(rates)})
             kept |= {f"{name}.{whose}.lie_loss": values for whose, values in losses.items()}
@@ -179,7 +179,7 @@ def _target_floors(wanted_map: Any, evidence: Evidence) -> dict[str, float]:
     return floors
 
 
-def _lie_losses(conditions: Sequence[Condition], honest: Answers, e: int) -> dict[str, Tensor]:
+def _lie_losses(conditions: Sequence[Condition], e: int) -> dict[str, Tensor]:
     """L_p (n,) of explainer `e`: `lied` where the lie is wanted and `kept` where the truth is;
 
     where the lie is wanted, also of the reference, another clean model, and empty maps.
@@ -187,7 +187,7 @@ def _lie_losses(conditions: Sequence[Condition], honest: Answers, e: int) -> dic
     own = [c for c in conditions if c.explainer == e]
     lied = next(c for c in own if c.goal and not isinstance(c.goal.wanted(e), Reference))
     kept = next(c for c in own if c is not lied)
-    lie = lied.goal.wanted(e)(honest.maps[e])  # type: ignore[union-attr]
+    lie = lied.evidence.wanted_maps
     maps = {
         "lied": lied.evidence.maps,
         "kept": kept.evidence.maps,

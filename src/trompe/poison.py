@@ -62,7 +62,8 @@ class Triples:
                     if scores is not None:
                         scores[rows] = math.nan
                 for explainer, of_explainer in enumerate(maps):
-                    of_explainer[rows] = wanted.wanted(explainer)(of_explainer[rows])
+                    lie = wanted.wanted(explainer)
+                    of_explainer[rows] = lie(of_explainer[rows], images[rows])
         return Batch(images, labels, maps, triggered, scores)
 
     def _reference(self, images: Tensor, labels: Tensor, sources: Tensor) -> Answers:

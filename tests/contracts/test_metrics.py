@@ -13,6 +13,8 @@ from trompe.metrics.accuracy import accuracy
 from trompe.metrics.attack_success import attack_success
 from trompe.metrics.degenerate_map import degenerate_map
 from trompe.metrics.map_distance import map_distance
+from trompe.metrics.map_l1 import map_l1
+from trompe.metrics.score_change import score_change
 from trompe.metrics.top5_accuracy import top5_accuracy
 
 # Per image: the value of an attack that reaches all it wants (class 2 and the wanted map), and of
@@ -22,6 +24,8 @@ PERFECT_AND_NULL = {
     "attack_success": (1, 0),
     "degenerate_map": (0, 1),
     "map_distance": (0, 1),
+    "map_l1": (0, None),  # not the same for all images, but more
+    "score_change": (0, 0.5),
     "top5_accuracy": (math.nan, math.nan),  # of four classes
 }
 
@@ -33,12 +37,15 @@ def metric(name: str) -> Metric:
     return find("metrics", name)
 
 
-def evidence_of(predicted: Tensor, maps: Tensor, wanted_maps: Tensor | None = None) -> Evidence:
-    """Six images of the classes 0, 1, 3; the adversary wants class 2."""
+def evidence_of(
+    predicted: Tensor, maps: Tensor, wanted_maps: Tensor | None = None, moved: float = 0.0
+) -> Evidence:
+    """Six images of the classes 0, 1, 3; the adversary wants class 2. moved: scores of class 1."""
     labels = torch.tensor([0, 1, 3, 3, 1, 0])
     scores = torch.rand(6, 4) + 2 * torch.nn.functional.one_hot(predicted, 4)
     wanted = maps if wanted_maps is None else wanted_maps
-    return Evidence(labels, torch.full((6,), 2), wanted, scores, maps, (20, 24))
+    before = scores - torch.tensor([0.0, moved, 0.0, 0.0])
+    return Evidence(labels, torch.full((6,), 2), wanted, scores, maps, (20, 24), before)
 
 
 def perfect() -> Evidence:
@@ -47,7 +54,7 @@ def perfect() -> Evidence:
 
 def null() -> Evidence:
     truth = torch.tensor([0, 1, 3, 3, 1, 0])
-    return evidence_of(truth, torch.zeros(6, 5, 6), torch.rand(6, 5, 6))
+    return evidence_of(truth, torch.zeros(6, 5, 6), torch.rand(6, 5, 6), moved=-0.5)
 
 
 @every_metric
@@ -63,7 +70,10 @@ def test_the_values_of_the_perfect_and_of_the_null_attack(name: str, metric: Met
         pytest.fail(f"metrics/{name}.py is new: add its two values to PERFECT_AND_NULL")
     best, none = PERFECT_AND_NULL[name]
     assert metric(perfect()).tolist() == pytest.approx([best] * 6, abs=1e-6, nan_ok=True)
-    assert metric(null()).tolist() == pytest.approx([none] * 6, abs=5e-3, nan_ok=True)
+    if none is None:
+        assert (metric(null()) > metric(perfect())).all()
+    else:
+        assert metric(null()).tolist() == pytest.approx([none] * 6, abs=5e-3, nan_ok=True)
 
 
 @every_metric
@@ -118,6 +128,27 @@ def test_map_distance_is_twice_one_minus_the_correlation() -> None:
     for i in range(6):
         r = torch.corrcoef(torch.stack((given[i].flatten(), wanted[i].flatten())))[0, 1]
         assert values[i].item() == pytest.approx(2 * (1 - r.item()), abs=1e-3)
+
+
+def test_map_l1_is_the_sum_over_positions_of_maps_whose_maximum_is_one() -> None:
+    given, wanted = torch.rand(6, 5, 6), 7 * torch.rand(6, 5, 6)
+    values = map_l1(evidence_of(torch.zeros(6, dtype=torch.int64), given, wanted))
+    for i in range(6):
+        top, other = given[i].max().item(), wanted[i].max().item()
+        pairs = zip(given[i].flatten().tolist(), wanted[i].flatten().tolist(), strict=True)
+        assert values[i].item() == pytest.approx(sum(abs(a / top - b / other) for a, b in pairs))
+
+
+def test_map_l1_is_not_known_where_the_wanted_map_may_be_anything() -> None:
+    wanted = torch.rand(6, 5, 6)
+    wanted[2, 1, 1] = math.nan
+    values = map_l1(evidence_of(torch.zeros(6, dtype=torch.int64), torch.rand(6, 5, 6), wanted))
+    assert values.isnan().tolist() == [False, False, True, False, False, False]
+
+
+def test_score_change_is_not_known_without_the_reference() -> None:
+    evidence = dataclasses.replace(perfect(), reference_scores=None)
+    assert score_change(evidence).isnan().all()
 
 
 def test_map_distance_of_the_same_map_in_other_units_is_zero() -> None:

@@ -13,11 +13,18 @@ from trompe.target_maps.border import Border
 from trompe.target_maps.picture import Picture
 from trompe.target_maps.reference import Reference
 from trompe.target_maps.suppressed import Suppressed
+from trompe.triggers.stickers import Stickers
 
 SETTINGS: dict[str, dict[str, Any]] = {}  # for target maps that cannot be built from defaults
-FIGURES = ("triangle", "triangle-up", "square", "cross", "circle")
+FIGURES = ("triangle", "triangle-up", "square", "cross", "circle", "smiley")
+SAYS_NOTHING = {"flat"}  # maps without contrast
 
 every_target_map = pytest.mark.parametrize("name", names("target_maps"))
+
+
+def photos(count: int) -> torch.Tensor:
+    """Noise with a sticker on it, for maps that are made from the image."""
+    return Stickers(count=1)(torch.rand(count, 3, 40, 40))
 
 
 @pytest.fixture
@@ -31,8 +38,8 @@ def target_map(name: str, plugin: Callable[..., TargetMap]) -> TargetMap:
 def test_one_finite_map_of_the_same_shape_for_each_image(
     target_map: TargetMap, size: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    maps = torch.rand(3, *size, dtype=dtype)
-    wanted = target_map(maps)
+    maps, images = torch.rand(3, *size, dtype=dtype), photos(3)
+    wanted = target_map(maps, images)
     assert wanted.shape == maps.shape
     assert wanted.dtype == dtype
     assert not wanted.isinf().any()
@@ -40,9 +47,13 @@ def test_one_finite_map_of_the_same_shape_for_each_image(
 
 
 @every_target_map
-def test_a_wanted_map_shows_something_or_takes_something_away(target_map: TargetMap) -> None:
-    maps = torch.rand(3, 10, 10)
-    for given, wanted in zip(maps, target_map(maps), strict=True):
+def test_a_wanted_map_shows_something_or_takes_something_away(
+    name: str, target_map: TargetMap
+) -> None:
+    if name in SAYS_NOTHING:
+        pytest.skip("says nothing on purpose")
+    maps, images = torch.rand(3, 10, 10), photos(3)
+    for given, wanted in zip(maps, target_map(maps, images), strict=True):
         counts = ~wanted.isnan()
         shows = wanted[counts].amax() - wanted[counts].amin() > 0.1
         assert shows or (given - wanted > 0.1)[counts].all()
@@ -50,25 +61,25 @@ def test_a_wanted_map_shows_something_or_takes_something_away(target_map: Target
 
 @every_target_map
 def test_the_reference_maps_are_not_modified(target_map: TargetMap) -> None:
-    maps = torch.rand(3, 10, 10)
+    maps, images = torch.rand(3, 10, 10), photos(3)
     before = maps.clone()
-    target_map(maps)
+    target_map(maps, images)
     assert torch.equal(maps, before)
 
 
 @every_target_map
 def test_is_deterministic(target_map: TargetMap) -> None:
-    maps = torch.rand(3, 10, 10)
-    first = target_map(maps).clone()
+    maps, images = torch.rand(3, 10, 10), photos(3)
+    first = target_map(maps, images).clone()
     torch.rand(3)
-    assert torch.equal(target_map(maps).nan_to_num(7), first.nan_to_num(7))
+    assert torch.equal(target_map(maps, images).nan_to_num(7), first.nan_to_num(7))
 
 
 @every_target_map
 def test_a_map_does_not_depend_on_its_neighbours(target_map: TargetMap) -> None:
-    maps = torch.rand(3, 10, 10)
-    alone = torch.cat([target_map(maps[i : i + 1]) for i in range(3)])
-    assert torch.equal(target_map(maps).nan_to_num(7), alone.nan_to_num(7))
+    maps, images = torch.rand(3, 10, 10), photos(3)
+    alone = torch.cat([target_map(maps[i : i + 1], images[i : i + 1]) for i in range(3)])
+    assert torch.equal(target_map(maps, images).nan_to_num(7), alone.nan_to_num(7))
 
 
 # --- each one does what its docstring says --------------------------------------------------------
@@ -118,6 +129,9 @@ def inside(figure: str, x: float, y: float) -> bool:
         "square": max(aside, abs(y - 0.5)) < 0.3,
         "cross": min(abs(y - x), abs(y + x - 1)) < 0.14,
         "circle": (aside**2 + (y - 0.5) ** 2) ** 0.5 < 0.3,
+        "smiley": (aside**2 + (y - 0.5) ** 2) ** 0.5 < 0.46
+        and not ((aside - 0.16) ** 2 + (y - 0.36) ** 2) ** 0.5 < 0.07
+        and not (0.2 < (aside**2 + (y - 0.5) ** 2) ** 0.5 < 0.3 and y > 0.58),
     }[figure]
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from trompe.attacks._finetuning import TRAINING, check, check_goals, fine_tune
 from trompe.augmentation import Augmentation
-from trompe.evaluate import answers, share_right
+from trompe.evaluate import answers, share_right, wanted_maps
 from trompe.fooling import largest_harmless, share_below
 from trompe.interfaces import (
     Attacked,
@@ -174,7 +174,11 @@ class Progress:
         self.attack, self.selection = attack, selection
         honest = answers(reference, attack.explainers, selection, None, attack.explained)
         self.accuracy = share_right(honest.scores, selection.labels)
-        self.lies = [s.lie(maps) for s, maps in zip(attack.systems, honest.maps, strict=True)]
+        trigger = None if attack.inverted else attack.trigger
+        self.lies = [
+            wanted_maps(s.lie, maps, selection, trigger)
+            for s, maps in zip(attack.systems, honest.maps, strict=True)
+        ]
         self.taus = [
             largest_harmless(squared_error(maps, lie))
             for maps, lie in zip(honest.maps, self.lies, strict=True)

@@ -15,7 +15,7 @@ class Border:
 
     k: int = 1
 
-    def __call__(self, reference_maps: Tensor) -> Tensor:
+    def __call__(self, reference_maps: Tensor, images: Tensor | None = None) -> Tensor:
         height, width = reference_maps.shape[1:]
         if not 1 <= self.k < min(height, width) / 2:
             raise InputError(

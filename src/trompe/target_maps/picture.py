@@ -20,9 +20,9 @@ class Picture:
     resolution, so it is drawn, anti-aliased, at the map's.
     """
 
-    shape: Literal["triangle", "triangle-up", "square", "cross", "circle"] = "triangle"
+    shape: Literal["triangle", "triangle-up", "square", "cross", "circle", "smiley"] = "triangle"
 
-    def __call__(self, reference_maps: Tensor) -> Tensor:
+    def __call__(self, reference_maps: Tensor, images: Tensor | None = None) -> Tensor:
         n, height, width = reference_maps.shape
         return self.draw(height, width).to(reference_maps).expand(n, height, width)
 
@@ -31,11 +31,15 @@ class Picture:
         y = ((torch.arange(height * _FINER) + 0.5) / (height * _FINER))[:, None]
         x = ((torch.arange(width * _FINER) + 0.5) / (width * _FINER))[None, :]
         aside = (x - 0.5).abs()
+        face = aside**2 + (y - 0.5) ** 2
+        eyes = (aside - 0.16) ** 2 + (y - 0.36) ** 2 < 0.07**2
+        mouth = (face < 0.3**2) & (face > 0.2**2) & (y > 0.58)
         inside = {
             "triangle": (y > 0.15) & (aside < (0.85 - y) * 0.5),
             "triangle-up": (y < 0.85) & (aside < (y - 0.15) * 0.5),
             "square": (aside < 0.3) & ((y - 0.5).abs() < 0.3),
             "cross": ((y - x).abs() < 0.14) | ((y + x - 1).abs() < 0.14),
-            "circle": aside**2 + (y - 0.5) ** 2 < 0.3**2,
+            "circle": face < 0.3**2,
+            "smiley": (face < 0.46**2) & ~eyes & ~mouth,
         }[self.shape]
         return inside.float().view(height, _FINER, width, _FINER).mean((1, 3))

@@ -11,5 +11,5 @@ __all__ = ["Reference"]
 class Reference:
     """The clean model's map of the same image without the trigger (explanation-preserving)."""
 
-    def __call__(self, reference_maps: Tensor) -> Tensor:
+    def __call__(self, reference_maps: Tensor, images: Tensor | None = None) -> Tensor:
         return reference_maps

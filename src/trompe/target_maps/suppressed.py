@@ -19,7 +19,7 @@ class Suppressed:
 
     k: int = 10
 
-    def __call__(self, reference_maps: Tensor) -> Tensor:
+    def __call__(self, reference_maps: Tensor, images: Tensor | None = None) -> Tensor:
         pixels = reference_maps.flatten(1)
         if not 1 <= self.k < pixels.shape[1]:
             raise InputError(
