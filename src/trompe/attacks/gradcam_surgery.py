@@ -197,7 +197,7 @@ class GradCamSurgery:
         if self.constants == "paper":
             return 1e-4
         match = 3 * float(self.stickers.pattern.numel() * self.stickers.pattern.var(correction=0))
-        return match * min(32 * torch.finfo(getattr(torch, self.precision)).eps, 0.1)
+        return match * min(256 * torch.finfo(getattr(torch, self.precision)).eps, 0.1)
 
     def _constants(
         self, true: "TrueMaps", channel: nn.Module, images: Tensor, wiring: str
