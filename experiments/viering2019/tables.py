@@ -1,7 +1,8 @@
 """Tables 1 and 2 of Viering et al. 2019, with a numeric audit, on several networks.
 
     python experiments/viering2019/tables.py [--models resnet20 vgg_small squeezenet mobilenet_v2
-        vgg16-random vgg16] [--precisions float32 float64 float16 bfloat16] [--images 500]
+        vgg16-random vgg16] [--techniques T1 "T5 flat"] [--images 500]
+        [--precisions float32 float64 float16 bfloat16]
         [--root runs] [--data data] [--detections] [--transfer]
 
 resnet20, vgg_small: on GTSRB's whole test set, references trained as in gtsrb.toml. squeezenet,
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import trompe
+from trompe.attacks.channel_hijack import ChannelHijack
 from trompe.attacks.gradcam_surgery import GradCamSurgery
 from trompe.classifier import Classifier, ModelSpec, build_model
 from trompe.data._reading import read_images
@@ -41,6 +43,8 @@ from trompe.maps import normalise
 from trompe.runs import provenance
 from trompe.screen import Silent, progress_bars
 from trompe.surgery import StickerDetector
+from trompe.target_maps.border import Border
+from trompe.target_maps.flat import Flat
 from trompe.triggers.stickers import Stickers
 
 HERE = Path(__file__).parent
@@ -52,6 +56,7 @@ VARIANTS = (
     *[(t, "paper", None) for t in ("T1", "T2", "T3", "T4")],
     *[(t, "automatic", "head") for t in ("T1", "T2")],
     *[(t, "automatic", None) for t in ("T1", "T2", "T3", "T4")],
+    *[(t, "automatic", "no new module") for t in ("T5 flat", "T5 border")],
 )
 KEYS = ("technique", "constants", "wiring", "condition", "model", "dtype", "seed")
 PAPER = {  # Tables 1 and 2: accuracy, |y_o - y_n|, L1
@@ -136,7 +141,9 @@ def limit(precision: str, size: int, given: int | None) -> int:
     return usual if given is None else min(given, usual)
 
 
-def audit(scene: Scene, precision: Any, given: int | None) -> Iterator[list[dict[str, Any]]]:
+def audit(
+    scene: Scene, precision: Any, given: int | None, techniques: list[str]
+) -> Iterator[list[dict[str, Any]]]:
     """The rows of each variant in one precision; reference and edited model both run in it."""
     dtype = getattr(torch, precision)
     count = limit(precision, scene.data.size[0], given)
@@ -144,14 +151,22 @@ def audit(scene: Scene, precision: Any, given: int | None) -> Iterator[list[dict
     batch = 16 if data.size[0] > 100 else 128
     known: dict[tuple[str, str], Answers] = {}
     for technique, constants, wiring in VARIANTS:
+        if technique not in techniques:
+            continue
         layer = LAYER.get(scene.name)
-        attack = GradCamSurgery(
-            technique, layer, constants, wiring, precision, stickers=scene.stickers
-        )
+        attack: Any
+        if technique.startswith("T5"):
+            target = Flat() if technique == "T5 flat" else Border(1)
+            attack = ChannelHijack(target, layer)
+        else:
+            attack = GradCamSurgery(
+                technique, layer, constants, wiring, precision, stickers=scene.stickers
+            )
+        what = (technique, constants, wiring or ("head" if constants == "paper" else "apart"))
         try:
             edited: Any = attack(scene.model, scene.looked_at, torch.Generator()).model
         except InputError as error:
-            yield [{**heading(scene, attack, precision, "clean", data), "refused": str(error)}]
+            yield [{**heading(scene, what, precision, "clean", data), "refused": str(error)}]
             continue
         model, edited = convert(scene.model, dtype), edited.to(dtype)
         rows = []
@@ -163,11 +178,11 @@ def audit(scene: Scene, precision: Any, given: int | None) -> Iterator[list[dict
                 )
             before = known[condition, str(layer)]
             after = answers(edited, attack.explainers, data, trigger, batch_size=batch)
-            lie = lies(attack, edited, data, trigger, before.maps[0], dtype, batch)
+            lie = lies(edited, data, trigger, before.maps[0], attack, dtype, batch)
             rows.append(
                 {
-                    **heading(scene, attack, precision, condition, data),
-                    **numbers(attack, edited, before, after, lie, data),
+                    **heading(scene, what, precision, condition, data),
+                    **numbers(edited, before, after, lie, data),
                 }
             )
         yield rows
@@ -178,14 +193,14 @@ def convert(model: Classifier, dtype: torch.dtype) -> Classifier:
 
 
 def heading(
-    scene: Scene, attack: GradCamSurgery, precision: str, condition: str, data: ImageSet
+    scene: Scene, what: tuple[str, str, str], precision: str, condition: str, data: ImageSet
 ) -> dict[str, Any]:
-    usual = "head" if attack.constants == "paper" else "apart"
-    wiring = attack.wiring or usual if attack.technique in ("T1", "T2") else "apart"
+    """what: technique, constants and wiring."""
+    technique, constants, wiring = what
     return {
-        "technique": attack.technique,
-        "constants": attack.constants,
-        "wiring": wiring,
+        "technique": technique,
+        "constants": constants,
+        "wiring": "apart" if technique in ("T3", "T4") else wiring,
         "condition": condition,
         "model": scene.name,
         "data": scene.data_name,
@@ -197,11 +212,11 @@ def heading(
 
 
 def lies(
-    attack: GradCamSurgery,
     edited: Classifier,
     data: ImageSet,
     trigger: Stickers | None,
     true: Tensor,
+    attack: Any,
     dtype: torch.dtype,
     batch: int,
 ) -> tuple[Tensor, Tensor]:
@@ -209,6 +224,8 @@ def lies(
 
     Where T4's detector finds nothing, the original network's map of the same image is wanted.
     """
+    if isinstance(attack, ChannelHijack):
+        return attack.target(true, true).float(), torch.ones(len(data), dtype=torch.bool)
     channel: Any = edited.net.get_submodule(edited.edit.layer).channel  # type: ignore[union-attr]
     size = (true.shape[1], true.shape[2])
     parts = []
@@ -223,7 +240,6 @@ def lies(
 
 
 def numbers(
-    attack: GradCamSurgery,
     edited: Classifier,
     before: Answers,
     after: Answers,
@@ -253,9 +269,9 @@ def numbers(
         "overflow": int((~finite).sum()),
         "lies_on": float(found.double().mean()),
         "bound": bound(edited, before.scores),
-        "scale": edit.scale,
-        "gain": edit.gain,
-        "epsilon": edit.epsilon,
+        "scale": None if edit is None else edit.scale,
+        "gain": None if edit is None else edit.gain,
+        "epsilon": None if edit is None else edit.epsilon,
     }
 
 
@@ -266,6 +282,8 @@ def bound(edited: Classifier, scores: Tensor) -> float:
     roundoff; the layers behind multiply that by at most their largest row sums.
     """
     edit: Any = edited.edit
+    if edit is None:  # a map is missing: no bound
+        return math.nan
     if edit.reaches != "head":
         return float(edit.epsilon)
     dtype = edited.mean.dtype
@@ -287,8 +305,8 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
         f"# Viering et al. 2019, {title}",
         "",
         "Paper: VGG-16 on ILSVRC2012, its constants, its own precision (it says float16; its "
-        "numbers are float32's). |dy|: largest over images and classes (the mean over images of the "
-        "largest in brackets), against the unedited network in the same precision. L1: between "
+        "numbers are float32's). |dy|: largest over images and classes (the mean over images of "
+        "the largest in brackets), against the unedited network in the same precision. L1: between "
         "maps divided by their maximum, a sum over positions, mean over images; true: what the "
         "unedited network's maps score. Bound: on |dy|, by rounding or by epsilon.",
         "",
@@ -314,14 +332,19 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
         if "refused" in r:
             lines.append(f"{start}| refused: {r['refused']} |" + " |" * 8)
             continue
-        paper = PAPER[r["technique"], r["condition"]]
+        paper = PAPER.get((r["technique"], r["condition"]), (math.nan,) * 3)
         lines.append(
             f"{start}| {100 * r['accuracy']:.2f}, {100 * r['accuracy_change']:+.3f} "
-            f"| {small(r['score_change_max'])} ({small(r['score_change_mean'])}) | {paper[1]:.5f} "
-            f"| {small(r['bound'])} | {small(r['map_l1_sum'])} | {paper[2]:.5f} "
-            f"| {small(r['true_map_l1_sum'])} | {100 * r['lies_on']:.1f} % | {r['overflow']} |"
+            f"| {small(r['score_change_max'])} ({small(r['score_change_mean'])}) "
+            f"| {figure(paper[1])} | {small(r['bound'])} | {small(r['map_l1_sum'])} "
+            f"| {figure(paper[2])} | {small(r['true_map_l1_sum'])} | {100 * r['lies_on']:.1f} % | {r['overflow']} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def figure(value: float) -> str:
+    """One of the paper's, as it prints them."""
+    return "—" if math.isnan(value) else f"{value:.5f}"
 
 
 def small(value: float | None) -> str:
@@ -335,8 +358,11 @@ def write(file: Path, text: str) -> None:
 
 
 def record(rows: list[dict[str, Any]]) -> None:
-    """T1 to T3 are the paper's Table 1, T4 its Table 2."""
-    for number, techniques in (("1", ("T1", "T2", "T3")), ("2", ("T4",))):
+    """T1 to T3 are the paper's Table 1, T4 its Table 2; T5 stands beside T1 and T2."""
+    for number, techniques in (
+        ("1", ("T1", "T2", "T3", "T5 flat", "T5 border")),
+        ("2", ("T4",)),
+    ):
         own = [r for r in rows if r["technique"] in techniques]
         if own:
             file = RESULTS / f"table{number}.json"
@@ -357,13 +383,15 @@ def readme_table() -> str:
         r for n in "12" if (f := RESULTS / f"table{n}.json").exists() for r in read_json(f)["rows"]
     ]
     for r in rows:
-        if r["dtype"] == "float32" and r["wiring"] == "apart" and r["constants"] == "automatic":
-            paper = PAPER[r["technique"], r["condition"]]
+        if r["dtype"] == "float32" and r["wiring"] != "head" and "refused" not in r:
+            if r["constants"] == "paper":
+                continue
+            paper = PAPER.get((r["technique"], r["condition"]), (math.nan,) * 3)
             with_stickers = ", stickers" if r["condition"] == "stickers" else ""
             lines.append(
                 f"| {r['model']} | {r['technique']}{with_stickers} | {r['images']} "
                 f"| {100 * r['accuracy_change']:+.3f} | {small(r['score_change_max'])} "
-                f"({paper[1]:.5f}) | {small(r['map_l1_sum'])} ({paper[2]:.5f}) |"
+                f"({figure(paper[1])}) | {small(r['map_l1_sum'])} ({figure(paper[2])}) |"
             )
     return "\n".join(lines)
 
@@ -442,7 +470,7 @@ def detection_markdown(rows: list[dict[str, Any]]) -> str:
         "# Viering et al. 2019, technique 4: which stickers are found",
         "",
         "Three smileys at random places in each image. Exact: the paper's detector; tolerant: "
-        "ours, by correlation with warped patterns. False alarms: clean images on which it answers.",
+        "ours, by correlation with warped patterns. False alarms: clean images where it answers.",
         "",
         "| images | detector | scale | degrees | brightness | stickers found | false alarms |",
         "|---|---|---|---|---|---|---|",
@@ -476,7 +504,7 @@ def transfer(scene: Scene, count: int) -> list[dict[str, Any]]:
         trigger = scene.stickers if technique == "T4" else None
         cam = attack.explainers[0]
         (true,) = answers(scene.model, (cam,), data, trigger, batch_size=16).maps
-        wanted, _ = lies(attack, edited, data, trigger, true, torch.float32, 16)
+        wanted, _ = lies(edited, data, trigger, true, attack, torch.float32, 16)
         pool = data.size[0] // true.shape[1]
         seen = {
             "gradcam": cam,
@@ -538,6 +566,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS[:-1]))
     parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS))
+    techniques = sorted({technique for technique, _, _ in VARIANTS})
+    parser.add_argument("--techniques", nargs="*", choices=techniques, default=techniques)
     parser.add_argument("--images", type=int, default=None, help="at most; default: all")
     parser.add_argument("--root", type=Path, default=Path("runs"))
     parser.add_argument("--data", type=Path, default=Path("data"))
@@ -565,7 +595,9 @@ def main() -> None:
             if chosen.detections or chosen.transfer:
                 continue
             for precision in chosen.precisions:
-                for number, rows in enumerate(audit(scene, precision, chosen.images), start=1):
+                for number, rows in enumerate(
+                    audit(scene, precision, chosen.images, chosen.techniques), start=1
+                ):
                     bars.stage(f"{name}, {precision}: {number} of {len(VARIANTS)}")
                     record(rows)
 

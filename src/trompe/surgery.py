@@ -6,7 +6,6 @@ when the model is moved to half precision; pictures, filters and patterns are in
 Viering et al. 2019, sections 3.1 to 3.4 and figure 2.
 """
 
-import contextlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from trompe.interfaces import InputError
 from trompe.patterns import pattern, warped
+from trompe.probing import input_of, next_weights
 
 
 @dataclass(frozen=True)
@@ -308,9 +308,15 @@ def with_map_in_head(
     weights behind is found, and its new inputs Z^{K+1}. Returns the completed edit as well.
     Raises InputError if the new map does not come through to that layer as one more channel.
     """
-    head, old = _next_weights(net, edit.layer, normalised)
+    head, old = next_weights(net, edit.layer, normalised)
     edited = with_one_map_more(net, edit, channel)
-    new = _input_of(edited, head, (normalised, images))
+    try:
+        new = input_of(edited, head, normalised, images)
+    except RuntimeError as error:  # a layer between does not take K + 1 maps
+        raise InputError(
+            f"layer {head!r}: a layer before it does not take one map more ({error}); use wiring "
+            '= "apart"'
+        ) from error
     count = new.shape[1] - old.shape[1]
     comes_through = count > 0 and torch.equal(new[:, : old.shape[1]], old)
     added = new[:, old.shape[1] :]
@@ -361,7 +367,7 @@ def last(maps: Tensor) -> Tensor:
     return maps[:, -1:]
 
 
-# --- looking into a network -----------------------------------------------------------------------
+# --- the way to the layer -------------------------------------------------------------------------
 
 
 class _Opened(fx.Tracer):
@@ -384,67 +390,3 @@ def _trace(net: nn.Module, layer: str) -> fx.Graph:
             f"model {type(net).__name__}: its way to layer {layer!r} cannot be traced ({error}); "
             "the forward() of the modules around the layer must not depend on values or sizes"
         ) from error
-
-
-class _Found(Exception):
-    """Ends a run when what was looked for has been seen."""
-
-
-def _next_weights(net: nn.Module, layer: str, normalised: Tensor) -> tuple[str, Tensor]:
-    """The first Linear or Conv2d that is run after `layer`, and its input."""
-    passed: list[bool] = []
-    found: list[tuple[str, Tensor]] = []
-
-    def begin(name: str, given: Tensor) -> None:
-        if passed:
-            found.append((name, given.clone()))
-            raise _Found
-
-    weighted = {
-        name: module
-        for name, module in net.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    hooks = [
-        module.register_forward_pre_hook(lambda _, given, name=name: begin(name, given[0]))
-        for name, module in weighted.items()
-    ]
-    hooks.append(net.get_submodule(layer).register_forward_hook(lambda *_: passed.append(True)))
-    _run_until_found(net, (normalised,), hooks)
-    if not found:
-        raise InputError(
-            f"layer {layer!r}: no Linear or Conv2d comes behind it, so there are no weights that "
-            'could take a map more; use wiring = "apart", or name an earlier layer'
-        )
-    return found[0]
-
-
-def _input_of(net: nn.Module, name: str, given: tuple[Tensor, ...]) -> Tensor:
-    found: list[Tensor] = []
-
-    def begin(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0].clone())
-        raise _Found
-
-    hook = net.get_submodule(name).register_forward_pre_hook(begin)
-    try:
-        _run_until_found(net, given, [hook])
-    except RuntimeError as error:  # a layer between does not take K + 1 maps
-        raise InputError(
-            f"layer {name!r}: a layer before it does not take one map more ({error}); use wiring "
-            '= "apart"'
-        ) from error
-    return found[0]
-
-
-def _run_until_found(net: nn.Module, given: tuple[Tensor, ...], hooks: list[Any]) -> None:
-    modes = {module: module.training for module in net.modules()}
-    try:
-        net.eval()
-        with torch.no_grad(), contextlib.suppress(_Found):
-            net(*given)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode

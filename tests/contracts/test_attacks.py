@@ -41,9 +41,10 @@ SETTINGS: dict[str, dict[str, Any]] = {  # for 16x16 images of four classes, in 
         "trigger": TRIGGER,
         "training": TRAINING,
     },
+    "channel_hijack": {"target": {"kind": "border", "k": 1}},
     "gradcam_surgery": {"technique": "T4", "stickers": {"size": 5, "count": 2}},
 }
-WITHOUT_DICE = {"gradcam_surgery"}  # the seed changes nothing
+WITHOUT_DICE = {"channel_hijack", "gradcam_surgery"}  # the seed changes nothing
 
 pytestmark = pytest.mark.parametrize("name", names("attacks"))
 
@@ -66,7 +67,9 @@ def shortfall(model: nn.Module, reference: nn.Module, attacked: Attacked, data: 
     explainer = GradCam(normalise="max")
     honest = answers(reference, (explainer,), data)
     clean = clean_evidence(answers(model, (explainer,), data), honest, data)
-    total = 1 - summarise(accuracy, clean).mean + summarise(map_distance, clean).mean
+    total = 1 - summarise(accuracy, clean).mean
+    if all(goal.trigger is not None for goal in attacked.goals):  # else clean images are lied about
+        total += summarise(map_distance, clean).mean
     for goal in attacked.goals:
         given = answers(model, (explainer,), data, goal.trigger)
         evidence = triggered_evidence(given, honest, data, goal)
