@@ -337,7 +337,8 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
             f"{start}| {100 * r['accuracy']:.2f}, {100 * r['accuracy_change']:+.3f} "
             f"| {small(r['score_change_max'])} ({small(r['score_change_mean'])}) "
             f"| {figure(paper[1])} | {small(r['bound'])} | {small(r['map_l1_sum'])} "
-            f"| {figure(paper[2])} | {small(r['true_map_l1_sum'])} | {100 * r['lies_on']:.1f} % | {r['overflow']} |"
+            f"| {figure(paper[2])} | {small(r['true_map_l1_sum'])} "
+            f"| {100 * r['lies_on']:.1f} % | {r['overflow']} |"
         )
     return "\n".join(lines) + "\n"
 
