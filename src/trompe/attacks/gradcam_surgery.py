@@ -70,6 +70,7 @@ PAPER = {
     "T3": Constants(1e7, 1e4, 0.01),
     "T4": Constants(1e9, 1e4, 0.01),
 }
+CODE = {**PAPER, "T4": Constants(1e10, 1e4, 0.01)}  # of the authors' public code
 # With automatic constants, the lie's peak above the true maps' range: in a sum of its own as much
 # as float32 can tell, in the head's no more than the paper's L1 distance of .005 asks for.
 DOMINANCE = 2.0**22
@@ -83,10 +84,11 @@ class GradCamSurgery:
     """Add a feature map to a copy of the model, so that Grad-CAM shows it and nothing else.
 
     technique: T1 to T4, see above. layer: A, whose maps Grad-CAM reads; None: the last
-    convolution's activations. constants: "paper", or "automatic": from the precision in which the
-    model will run and the range of its true maps, so that L1 and score change are small.
+    convolution's activations. constants: "paper", "code", or "automatic": from the precision
+    in which the model will run and the range of its true maps, so that L1 and score change are
+    small.
     wiring, of T1 and T2: "head", through the weights of the next layer (the paper's), or "apart";
-    None: "head" with the paper's constants, else "apart".
+    None: "apart" with automatic constants, else "head".
     image: I_T of T2. filters_seed: of F of T3. stickers: the trigger of T4. tolerant, threshold: of
     the detector that finds them (surgery.py `StickerDetector`); threshold None: the paper's .0001,
     with automatic constants as much as the precision's rounding needs, and .6 for a tolerant one.
@@ -94,7 +96,7 @@ class GradCamSurgery:
 
     technique: Technique = "T4"
     layer: str | None = None
-    constants: Literal["automatic", "paper"] = "automatic"
+    constants: Literal["automatic", "paper", "code"] = "automatic"
     wiring: Literal["head", "apart"] | None = None
     precision: Precision = "float32"
     image: TargetMap = Picture("smiley")
@@ -162,7 +164,7 @@ class GradCamSurgery:
         (layer,) = GradCam(self.layer).watches(model)
         true = true_maps(model, layer, images)
         channel = self.channel(true.size).to(images)
-        wiring = self.wiring or ("head" if self.constants == "paper" else "apart")
+        wiring = self.wiring or ("apart" if self.constants == "automatic" else "head")
         constants = self._constants(true, channel, images, wiring)
         edit = Edit(
             layer.removeprefix("net."),
@@ -194,7 +196,7 @@ class GradCamSurgery:
 
     def _sure_threshold(self) -> float:
         """Above what rounding can take from the detector's sum over the pattern's pixels."""
-        if self.constants == "paper":
+        if self.constants != "automatic":
             return 1e-4
         match = 3 * float(self.stickers.pattern.numel() * self.stickers.pattern.var(correction=0))
         return match * min(256 * torch.finfo(getattr(torch, self.precision)).eps, 0.1)
@@ -207,8 +209,8 @@ class GradCamSurgery:
         Grad-CAM shows alpha A^{K+1} with alpha = c_W (T1, T2) or epsilon c_G (T3, T4), so its
         peak is gain * scale * (peak of what is shown), and epsilon times that with G.
         """
-        if self.constants == "paper":
-            return PAPER[self.technique]
+        if self.constants != "automatic":
+            return (PAPER if self.constants == "paper" else CODE)[self.technique]
         largest = torch.finfo(getattr(torch, self.precision)).max / 4
         peak, total = shown_peak(self, channel, images, true.size)
         apart = self.technique in ("T3", "T4") or wiring == "apart"
