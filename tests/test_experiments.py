@@ -68,3 +68,12 @@ def test_the_papers_own_setting_has_tables_2_and_3s_hyper_parameters() -> None:
     assert (joint.alpha, joint.beta) == (10, 0.05)
     assert [system.tau for system in joint.systems] == [0.2, 0.25, 0.3]
     assert joint.training.schedule == "x0.5 every 20"
+
+
+def test_each_technique_is_measured_with_the_papers_and_automatic_constants() -> None:
+    from test_results import viering
+
+    tables = viering()
+    made = {(technique, constants) for technique, constants, _ in tables.VARIANTS}
+    assert made >= {(t, c) for t in ("T1", "T2", "T3", "T4") for c in ("paper", "automatic")}
+    assert {key[0] for key in tables.PAPER} == {"T1", "T2", "T3", "T4"}

@@ -1,9 +1,14 @@
 """What README and results/ say is what was measured."""
 
+import importlib.util
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "experiments" / paper) for paper in ("noppel2023", "fang2020")]
@@ -100,3 +105,57 @@ def test_the_readme_shows_fangs_rows() -> None:
     readme = (ROOT / "README.md").read_text()
     table = tables.readme_table(tables.measured())
     assert readme == tables.put_between(readme, "fang2020", table)
+
+
+# --- Viering et al. 2019 --------------------------------------------------------------------------
+
+VIERING = ROOT / "results" / "viering2019"
+
+
+def viering() -> Any:
+    """experiments/viering2019/tables.py; Fang's is called tables, too."""
+    file = ROOT / "experiments" / "viering2019" / "tables.py"
+    spec = importlib.util.spec_from_file_location("viering_tables", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["viering_tables"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("number", ["1", "2"])
+def test_vierings_tables_hold_what_they_say(number: str) -> None:
+    rows = json.loads((VIERING / f"table{number}.json").read_text())["rows"]
+    keys = {"technique", "model", "data", "dtype", "accuracy", "accuracy_change"}
+    keys |= {"score_change_max", "score_change_mean", "map_l1_sum", "map_l1_mean"}
+    keys |= {"overflow", "bound"}
+    for row in rows:
+        assert "refused" in row or set(row) >= keys
+        assert row["provenance"]["commit"]
+        assert "+changes" not in row["provenance"]["commit"]
+    float32 = {(r["model"], r["technique"]) for r in rows if r["dtype"] == "float32"}
+    models = {"resnet20", "vgg_small", "squeezenet", "mobilenet_v2"}
+    techniques = {"1": {"T1", "T2", "T3", "T5 flat"}, "2": {"T4"}}[number]
+    assert float32 >= {(m, t) for m in models for t in techniques}
+    text = (VIERING / f"table{number}.md").read_text()
+    assert text == viering().markdown(f"Table {number}", rows)
+
+
+def test_no_measured_change_of_vierings_scores_is_above_its_bound() -> None:
+    rows = [r for n in "12" for r in json.loads((VIERING / f"table{n}.json").read_text())["rows"]]
+    for row in rows:
+        if "refused" not in row and row["bound"] is not None and row["overflow"] == 0:
+            moved, unit = row["score_change_max"], {"float64": 1e-9}.get(row["dtype"], 1e-4)
+            if row["dtype"] in ("float32", "float64"):  # in half precision scores round as well
+                assert moved <= row["bound"] + unit, row
+
+
+def test_the_readme_and_the_other_pages_show_vierings_rows() -> None:
+    tables, readme = viering(), (ROOT / "README.md").read_text()
+    assert readme == tables.put_between(readme, "viering2019", tables.readme_table())
+    pages = {"detections": tables.detection_markdown, "transfer": tables.transfer_markdown}
+    for name, page in pages.items():
+        rows = json.loads((VIERING / f"{name}.json").read_text())["rows"]
+        assert not any(math.isnan(v) for r in rows for v in r.values() if isinstance(v, float))
+        assert (VIERING / f"{name}.md").read_text() == page(rows)

@@ -26,9 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trompe.attacks.gradcam_surgery import as_classifier, true_maps
-from trompe.classifier import Classifier
-from trompe.evaluate import evaluation_mode
+from trompe.attacks._editing import some_images, true_maps, typical_weight
 from trompe.explainers._gradient import gradient_of_class
 from trompe.explainers.gradcam import GradCam
 from trompe.interfaces import (
@@ -113,16 +111,12 @@ class ChannelHijack:
 
         Raises InputError for a model in which no filter or no weights behind it can be found.
         """
-        plain = not isinstance(model, Classifier)
-        whole = as_classifier(copy.deepcopy(model)).eval()
-        device = next(whole.parameters()).device
-        order = torch.linspace(0, len(data) - 1, min(self.calibration, len(data))).long()
-        images = data.floats(order, device).to(whole.mean.dtype)
-        with evaluation_mode(whole), torch.no_grad():
-            self.hijack(whole, images)
-        return Attacked((whole.net if plain else whole).eval(), self.goals)
+        model = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            self.hijack(model, some_images(data, self.calibration, model))
+        return Attacked(model, self.goals)
 
-    def hijack(self, model: Classifier, images: Tensor) -> None:
+    def hijack(self, model: nn.Module, images: Tensor) -> None:
         """Change the model's weights in place; images (n, 3, h, w) in [0, 1]."""
         (layer,) = GradCam(self.layer).watches(model)
         peak = self.dominance * true_maps(model, layer, images[:32]).range
@@ -300,7 +294,7 @@ def find_input_writer(model: nn.Module, conv: str, image: Tensor) -> Writer:
 
 
 def point_at(
-    model: Classifier,
+    model: nn.Module,
     layer: str,
     name: str,
     head: Any,
@@ -325,23 +319,11 @@ def point_at(
     bias = head.bias.double() + head.weight[:, columns].double().flatten(1) @ means(before)
     head.weight[:, columns] = 1.0
     head.bias.copy_(bias - now)
-    alpha = weight_of(model, layer, k, images[:32])
+    alpha = typical_weight(model, layer, k, images[:32])
     shown = float(output_of(model, layer, images[:2])[:, k].amax())
     gain = math.copysign(peak / (abs(alpha) * shown), alpha)
     head.weight[:, columns] = gain
     head.bias.copy_(bias - gain * now)
-
-
-def weight_of(model: nn.Module, layer: str, k: int, images: Tensor) -> float:
-    """alpha_k of eq. (2) for the predicted classes: the median over the images."""
-    with torch.no_grad(), watch(model, [layer]) as record:
-        seen = record(images)
-        maps = seen.outputs[layer]
-        gradient = gradient_of_class(seen, maps, seen.scores.argmax(1), "logit")
-    alpha = float(gradient[:, k].mean((1, 2)).median())
-    if alpha == 0:
-        raise InputError(f"layer {layer!r}: the scores do not depend on its map {k}")
-    return alpha
 
 
 def columns_of(model: nn.Module, layer: str, head: str, k: int, images: Tensor) -> Tensor:

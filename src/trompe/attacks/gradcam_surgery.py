@@ -20,14 +20,19 @@ scores' gradient, that it alone is what Grad-CAM shows; the scores stay as they 
 import copy
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from trompe.attacks._editing import (
+    TrueMaps,
+    as_classifier,
+    some_images,
+    true_maps,
+    typical_weight,
+)
 from trompe.classifier import Classifier
-from trompe.evaluate import evaluation_mode
-from trompe.explainers._gradient import gradient_of_class
 from trompe.explainers.gradcam import GradCam
 from trompe.interfaces import (
     Attacked,
@@ -35,11 +40,9 @@ from trompe.interfaces import (
     Explainer,
     Goal,
     ImageSet,
-    InputError,
     Logbook,
     TargetMap,
 )
-from trompe.recording import watch
 from trompe.surgery import Edit, StickerDetector, describe, with_map_in_head, with_one_map_more
 from trompe.surgery import Picture as AddedPicture
 from trompe.surgery import SemiRandom as RandomFilters
@@ -153,10 +156,7 @@ class GradCamSurgery:
         Raises InputError for a model that the construction does not fit.
         """
         model = as_classifier(copy.deepcopy(model)).eval()
-        device = next(model.parameters()).device
-        images = data.floats(slice(0, LOOKED_AT), device).to(model.mean.dtype)
-        with evaluation_mode(model):
-            edited = self.edit(model, images)
+        edited = self.edit(model, some_images(data, LOOKED_AT, model))
         return Attacked(edited.eval(), self.goals)
 
     def edit(self, model: Classifier, images: Tensor) -> Classifier:
@@ -180,7 +180,7 @@ class GradCamSurgery:
         if self.constants == "automatic":  # alpha for c_W = 1 is the head's matter
             trial = copy.deepcopy(model.net)
             net, tried = with_map_in_head(trial, replace(edit, gain=1.0), channel, *one)
-            alpha = typical_weight(Classifier.like(model, net, tried), layer, images)
+            alpha = typical_weight(Classifier.like(model, net, tried), layer, -1, images)
             edit = replace(edit, gain=math.copysign(power_of_two(edit.gain / abs(alpha)), alpha))
         net, edit = with_map_in_head(model.net, edit, channel, *one)
         return Classifier.like(model, net, edit)
@@ -202,7 +202,7 @@ class GradCamSurgery:
         return match * min(256 * torch.finfo(getattr(torch, self.precision)).eps, 0.1)
 
     def _constants(
-        self, true: "TrueMaps", channel: nn.Module, images: Tensor, wiring: str
+        self, true: TrueMaps, channel: nn.Module, images: Tensor, wiring: str
     ) -> Constants:
         """The paper's, or the smallest powers of two that let the lie dominate.
 
@@ -227,38 +227,6 @@ class GradCamSurgery:
         return Constants(scale, power_of_two(gain), epsilon)
 
 
-@dataclass(frozen=True)
-class TrueMaps:
-    """What Grad-CAM's sum over k (before the ReLU) reaches; size: (h, w) of the maps."""
-
-    range: float
-    size: tuple[int, int]
-
-
-def true_maps(model: nn.Module, layer: str, images: Tensor) -> TrueMaps:
-    """The largest magnitude of any true map of the images, at least a tiny one."""
-    with torch.no_grad(), watch(model, [layer]) as record:
-        seen = record(images)
-        maps = GradCam(layer)(seen, seen.scores.argmax(1))
-    largest = float(maps.abs().max())
-    return TrueMaps(largest if largest > 0 else 1.0, (maps.shape[1], maps.shape[2]))
-
-
-def typical_weight(model: nn.Module, layer: str, images: Tensor) -> float:
-    """alpha_{K+1} of eq. (2) for the predicted classes: the median over the images."""
-    with torch.no_grad(), watch(model, [layer]) as record:
-        seen = record(images)
-        maps = seen.outputs[layer]
-        gradient = gradient_of_class(seen, maps, seen.scores.argmax(1), "logit")
-    alpha = float(gradient[:, -1].mean((1, 2)).median())
-    if alpha == 0:
-        raise InputError(
-            f"layer {layer!r}: the scores do not depend on one map more at the next layer with "
-            'weights; use wiring = "apart"'
-        )
-    return alpha
-
-
 def shown_peak(
     attack: GradCamSurgery, channel: nn.Module, images: Tensor, size: tuple[int, int]
 ) -> tuple[float, float]:
@@ -271,13 +239,3 @@ def shown_peak(
 def power_of_two(value: float) -> float:
     """The nearest one: products with it are not rounded."""
     return 2.0 ** round(math.log2(value))
-
-
-def as_classifier(model: nn.Module) -> Classifier:
-    """The model itself, or a plain network behind a normalisation that does nothing."""
-    if isinstance(model, Classifier):
-        if model.edit is not None:
-            raise InputError("model: has one feature map more already; give one without")
-        return model
-    parameter: Any = next(model.parameters())
-    return Classifier(model, (0.0,), (1.0,)).to(parameter)
