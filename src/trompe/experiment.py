@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trompe import catalog
+from trompe.architecture import difference
 from trompe.classifier import Classifier, ModelSpec, card_of, load_model, save_model
 from trompe.clean_models import HonestTraining, load_clean_model, train_clean_model
 from trompe.data import halves
@@ -282,5 +283,6 @@ def _write_numbers(
     shown = gallery(measured, scene.reporting, experiment.gallery_images, experiment.split_seed)
     folder.write_tensors("gallery", shown)
     folder.write("classes", list(scene.reporting.class_names))
+    folder.write("architecture", difference(scene.reference, attacked.model))
     folder.write("numbers", numbers)  # last: a run with numbers is finished
     return numbers

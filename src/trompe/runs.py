@@ -10,6 +10,7 @@
 | gallery.safetensors | a few images and their maps, for the report                          |
 | timeline.safetensors| maps of a few images after each epoch, where the attack keeps them   |
 | classes.json        | the classes' names                                                   |
+| architecture.json   | modules that the manipulated model has and the reference has not     |
 | model.safetensors   | the manipulated model, with model.json                               |
 | checkpoint.pt       | while training: the state after the last whole epoch                 |
 

@@ -383,12 +383,25 @@ def test_where_the_reference_s_map_is_wanted_the_verdict_says_so(
 ) -> None:
     run = make((KEEP,))
     make_perfect(run)
-    change(run, 1, accuracy=0.95)
+    change(run, 1, accuracy=0.95, reference_accuracy=0.984)
     told = verdict_of(page(tmp_path, run))
     assert "95.0 % of images are still classified rightly, and" in told
     assert "the explanation stays that of the clean image (map distance 0.004)" in told
     change(run, 1, map_distance=1.2)
     assert "but the explanation does not stay that of" in verdict_of(page(tmp_path, run))
+
+
+def test_what_the_trigger_hides_from_the_reference_too_is_not_held_against_the_attack(
+    make: Make, tmp_path: Path
+) -> None:
+    run = make((KEEP,))
+    make_perfect(run)
+    change(run, 1, accuracy=0.91, reference_accuracy=0.92)
+    told = verdict_of(page(tmp_path, run))
+    assert "91.0 % of images are still classified rightly (by the reference 92.0 %), and" in told
+    assert told.count("✓") == 3
+    change(run, 1, accuracy=0.86)
+    assert "✗ not: wanted prediction" in verdict_of(page(tmp_path, run))
 
 
 def test_several_triggers_and_none(make: Make, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from torch import Tensor
 
 from trompe.report.reading import Run, distances
 from trompe.report.tables import OTHER_CLEAN_MODEL, title
@@ -71,9 +72,12 @@ def panels(run: Run, key: str) -> list[Panel]:
                 _draw_curves(axis, name, curves, run)
                 alt = f"{_TITLES[name]} per epoch: {', '.join(_label(c, run) for c in curves)}"
                 done.append(Panel(alt, _svg(figure, f"{key}-{name}")))
-    with _canvas() as (figure, axis):
-        _draw_distances(axis, run)
-        done.append(Panel("How many images have which map distance", _svg(figure, f"{key}-images")))
+    known = {c.name: values for c in run.conditions if (values := distances(run, c)) is not None}
+    if known:
+        with _canvas() as (figure, axis):
+            _draw_distances(axis, run, known)
+            alt = "How many images have which map distance"
+            done.append(Panel(alt, _svg(figure, f"{key}-images")))
     if run.fooling is not None:
         with _canvas() as (figure, axis):
             _draw_fooling(axis, run)
@@ -158,14 +162,13 @@ def _whose(what: str, run: Run) -> str:
     return what if run.alone else f"{what} of {run.explainer}"
 
 
-def _draw_distances(axis: Axes, run: Run) -> None:
+def _draw_distances(axis: Axes, run: Run, known: Mapping[str, Tensor]) -> None:
     """How many images have which map distance; the dotted line is another clean model's mean."""
     edges = np.geomspace(_LEAST, 4, 41)
     for k, condition in enumerate(run.conditions):
-        values = distances(run, condition)
-        if values is not None:
+        if (values := known.get(condition.name)) is not None:
             shares = np.full(len(values), 100 / len(values))
-            drawn = values.clamp(_LEAST, 4).numpy()
+            drawn = values.double().clamp(_LEAST, 4).numpy()  # float32's 1e-4 is left of the axis
             look = {"color": _COLOURS[k % len(_COLOURS)], "label": condition.name}
             axis.hist(drawn, edges, weights=shares, histtype="step", lw=1.6, **look)  # type: ignore[arg-type]
     other = run.clean.floors.get(OTHER_CLEAN_MODEL)

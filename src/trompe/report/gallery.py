@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trompe.maps import is_degenerate
 from trompe.report.pictures import heat_uri, image_uri
-from trompe.report.reading import Condition, Run
+from trompe.report.reading import Condition, Run, is_flat
 from trompe.report.tables import number
 
 
@@ -200,6 +200,6 @@ def _cell(
         f"heat map, predicted {name}",
         name,
         mark,
-        bool(is_degenerate(heat[None])),
+        bool(is_degenerate(heat[None])) and not (wanted is not None and is_flat(wanted)),
         None if wanted is None else heat_uri(None, wanted),
     )

@@ -52,6 +52,15 @@ class Shown(NamedTuple):
     wanted_labels: Tensor  # int64 (n,)
 
 
+class Change(NamedTuple):
+    """A module that the attack added, removed or changed; before and after: in words, or None."""
+
+    name: str
+    change: str  # "added", "removed" or "changed"
+    before: str | None
+    after: str | None
+
+
 class Moment(NamedTuple):
     """A few images that are lied about, after an epoch."""
 
@@ -80,6 +89,7 @@ class Run:
     shown: dict[str, Shown]  # by condition name
     fooling: Fooling | None
     timeline: tuple[Moment, ...]  # after each epoch, empty if none was kept
+    architecture: tuple[Change, ...] | None  # None: the run does not say what was changed
     evidence: dict[str, Tensor] = field(repr=False)
 
     @property
@@ -98,7 +108,8 @@ class Run:
     @property
     def goals(self) -> str:
         """The goals' names, the experiment's if they have none."""
-        return " + ".join(c.goal for c in self.triggered if c.goal) or self.name
+        lied = self.triggered or (self.clean,)
+        return " + ".join(c.goal for c in lied if c.goal) or self.name
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -147,6 +158,7 @@ def load(folder: RunFolder) -> list[Run]:
                     shown,
                     rates.get(explainer),
                     _timeline(folder, history, number),
+                    _architecture(folder),
                     evidence,
                 )
             )
@@ -196,6 +208,12 @@ def _timeline(folder: RunFolder, history: Sequence[EpochRecord], number: int) ->
     )
 
 
+def _architecture(folder: RunFolder) -> tuple[Change, ...] | None:
+    if not (folder.path / "architecture.json").is_file():
+        return None
+    return tuple(Change(**row) for row in folder.read("architecture"))
+
+
 def _condition(row: dict[str, Any], classes: list[str]) -> Condition:
     target = row["target_class"]
     return Condition(
@@ -236,6 +254,23 @@ def wants_reference(run: Run, condition: Condition) -> bool:
     """Is the wanted map the one that the reference gives the clean image?"""
     wanted, clean = run.shown[condition.name].wanted_maps, run.shown[run.clean.name].reference_maps
     return torch.equal(wanted, clean)
+
+
+def lies_on_every_image(run: Run) -> bool:
+    """Is no trigger needed for the lie?"""
+    return not run.triggered and not wants_reference(run, run.clean)
+
+
+def l1_per_position(run: Run, condition: Condition) -> float | None:
+    """The mean L1 distance of the maps, in 0..1, or None if it was not measured."""
+    measured = condition.metrics.get("map_l1", Value(math.nan)).mean
+    positions = run.shown[condition.name].wanted_maps[0].numel()
+    return None if math.isnan(measured) else measured / positions
+
+
+def is_flat(maps: Tensor) -> bool:
+    """Does each map (n, h, w), or the one map (h, w), have one value at all its positions?"""
+    return bool((maps.amax((-2, -1)) == maps.amin((-2, -1))).all())
 
 
 def distances(run: Run, condition: Condition) -> Tensor | None:

@@ -13,7 +13,7 @@ from trompe.report import verdict as rules
 from trompe.report.curves import panels
 from trompe.report.gallery import films, galleries, titles
 from trompe.report.pictures import COLOURS, colour_bar
-from trompe.report.reading import Run, load
+from trompe.report.reading import Change, Run, load
 from trompe.report.tables import floor_grid, fooling_grid, main_rows, metric_grid, percent
 from trompe.report.verdict import verdict
 from trompe.runs import RunFolder
@@ -51,18 +51,29 @@ def _page(runs: list[Run]) -> str:
         galleries=galleries(runs),
         colours=COLOURS,
         colour_bar=colour_bar(),
+        architectures=_architectures(runs),
         films=[films(run) for run in runs],
         panels=[panels(run, f"run{k}") for k, run in enumerate(runs)],
         limits={
             "success": percent(rules.SUCCESS),
             "kept": percent(rules.KEPT),
             "shown": rules.SHOWN,
+            "shown_l1": rules.SHOWN_L1,
             "unnoticed": percent(rules.UNNOTICED),
             "fooled": percent(rules.FOOLED),
             "true": percent(rules.TRUE),
         },
         plain=_plain,
     )
+
+
+def _architectures(runs: list[Run]) -> list[tuple[str, tuple[Change, ...]]]:
+    """Title and changes once per run folder that says what was changed."""
+    first = {run.path: run for run in reversed(runs)}  # of several explainers
+    known = [run for run in runs if run is first[run.path] and run.architecture is not None]
+    return [
+        (title, run.architecture or ()) for title, run in zip(titles(known), known, strict=True)
+    ]
 
 
 def _plain(value: Any) -> str:

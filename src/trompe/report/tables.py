@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trompe.report.reading import Condition, Run, Value
+from trompe.report.reading import Condition, Run, Value, l1_per_position, lies_on_every_image
 
 # Titles for names that are written for code; any other name is shown as it is.
 TITLES = {
@@ -15,6 +15,8 @@ TITLES = {
     "top5_accuracy": "Accuracy, top 5",
     "attack_success": "Attack success rate",
     "map_distance": "Map distance (MSE)",
+    "map_l1": "Map distance (L1, sum)",
+    "score_change": "Change of scores (max)",
     "degenerate_map": "Empty maps",
     "clean_accuracy": "accuracy, clean",
     "clean_mse": "map distance, clean",
@@ -66,6 +68,7 @@ class Row:
     clean_accuracy: str
     clean_distance: str
     clean_floor: str  # distance of another clean model
+    clean_l1: str  # "" where the reference's maps are wanted
     success_kind: str  # "ASR", "Acc", or "" without a trigger
     success: str
     distance: str
@@ -129,12 +132,13 @@ def _row(runs: list[Run], conditions: Sequence[Condition | None], names: Labels)
     kind = {"accuracy": "Acc", "attack_success": "ASR", "": ""}[metric]
     return Row(
         names[runs[0].path, runs[0].explainer],
-        there[0].goal if there else "",
+        there[0].goal if there else clean[0].goal,
         str(runs[0].seed) if len(runs) == 1 else f"{len(runs)} seeds",
         _share([c.reference_accuracy for c in clean]),
         _share([c.metrics["accuracy"].mean for c in clean]),
         _distance(clean),
         _floor(clean),
+        _l1(runs),
         kind,
         _share([c.metrics[metric].mean for c in there]) if there else NOTHING,
         _distance(there) if there else NOTHING,
@@ -159,6 +163,13 @@ def _distance(conditions: list[Condition]) -> str:
 def _floor(conditions: list[Condition]) -> str:
     values = [c.floors[OTHER_CLEAN_MODEL].mean for c in conditions if OTHER_CLEAN_MODEL in c.floors]
     return number(statistics.fmean(values)) if values else ""
+
+
+def _l1(runs: list[Run]) -> str:
+    """Where every image is lied about: a flat map has no other distance that means anything."""
+    values = [l1_per_position(run, run.clean) for run in runs if lies_on_every_image(run)]
+    known = [value for value in values if value is not None]
+    return number(statistics.fmean(known)) if known else ""
 
 
 class Grid(NamedTuple):

@@ -4,12 +4,21 @@ import math
 from dataclasses import dataclass
 
 from trompe.fooling import Fooling
-from trompe.report.reading import Condition, Run, wants_reference
+from trompe.maps import normalise
+from trompe.report.reading import (
+    Condition,
+    Run,
+    is_flat,
+    l1_per_position,
+    lies_on_every_image,
+    wants_reference,
+)
 from trompe.report.tables import OTHER_CLEAN_MODEL, headline, number, percent
 
 SUCCESS = 0.9  # of the images must go to the wanted class
 KEPT = 0.05  # accuracy that a trigger may cost where the right class shall be kept
 SHOWN = 0.2  # map distance up to which a map counts as the wanted one (correlation .9)
+SHOWN_L1 = 0.05  # the same in L1 per position, of lies that are flat or told on every image
 UNNOTICED = 0.02  # accuracy that clean images may lose
 FOOLED = 0.85  # fooling success rate from which a lie counts as told
 TRUE = 0.95  # correct rate from which the other images count as explained truly
@@ -29,12 +38,14 @@ class Verdict:
 def verdict(run: Run) -> Verdict:
     if run.fooling is not None:
         return _fooling_verdict(run, run.fooling)
+    if lies_on_every_image(run):
+        return _verdict_on_every_image(run)
     unnoticed = _unnoticed(run)
     if not run.triggered:
         clean = ("clean images as before", unnoticed)
         return Verdict("No trigger to look for.", _clean_words(run, unnoticed), (clean,))
     predicted = [_predicted(run, condition) for condition in run.triggered]
-    shown = [_shown(condition) for condition in run.triggered]
+    shown = [_shown(run, condition) for condition in run.triggered]
     words = [
         _trigger_words(run, *each) for each in zip(run.triggered, predicted, shown, strict=True)
     ]
@@ -86,24 +97,67 @@ def _fooling_verdict(run: Run, rates: Fooling) -> Verdict:
     return Verdict(headline_, sentence, checks)
 
 
+def _verdict_on_every_image(run: Run) -> Verdict:
+    """Of an attack that needs no trigger (Viering et al. 2019, techniques 1 to 3)."""
+    lied = run.clean
+    told = _shown(run, lied)
+    same = lied.reference_accuracy - lied.metrics["accuracy"].mean <= UNNOTICED
+    moved = lied.metrics.get("score_change")
+    scores = "" if moved is None or math.isnan(moved.mean) else _moved_words(moved.mean)
+    sentence = (
+        f"On every image {_map_words(run, lied, told)}. Accuracy "
+        f"{percent(lied.metrics['accuracy'].mean)} against {percent(lied.reference_accuracy)} of "
+        f"the reference{scores}."
+    )
+    if not told:
+        headline_ = "The attack fails: the explanations do not show the lie."
+    elif not same:
+        headline_ = "The explanations lie, but predictions suffer."
+    else:
+        headline_ = "The explanations of all images lie, and the predictions do not show it."
+    return Verdict(headline_, sentence, (("lie told", told), ("predictions as before", same)))
+
+
+def _moved_words(change: float) -> str:
+    if change == 0:
+        return "; no score changes"
+    return f"; on average, the scores of an image change by at most {change:.1g}"
+
+
 def _predicted(run: Run, condition: Condition) -> bool:
     reached = condition.metrics[headline(condition)].mean
     if condition.target is None:
-        return reached >= run.clean.reference_accuracy - KEPT
+        # What the trigger hides from the clean model as well is not the attack's doing.
+        usual = min(run.clean.reference_accuracy, condition.reference_accuracy)
+        return reached >= usual - KEPT
     return reached >= SUCCESS
 
 
-def _shown(condition: Condition, stand_ins: tuple[str, ...] = _BLIND) -> bool:
+def _shown(run: Run, condition: Condition, stand_ins: tuple[str, ...] = _BLIND) -> bool:
     """Close to the wanted map, and closer than the stand-ins' maps."""
+    if (l1 := _judged_l1(run, condition)) is not None:
+        empty = float(normalise(run.shown[condition.name].wanted_maps).mean())
+        return l1 <= SHOWN_L1 and l1 < empty
     measured = condition.metrics["map_distance"].mean
     others = [condition.floors[name].mean for name in stand_ins if name in condition.floors]
     return measured <= SHOWN and measured < min(others, default=math.inf)
 
 
+def _judged_l1(run: Run, condition: Condition) -> float | None:
+    """L1 per position where it is what tells if the lie is told, and was measured.
+
+    The map distance compares standardised maps, of which a flat one has none.
+    """
+    flat = is_flat(run.shown[condition.name].wanted_maps)
+    if wants_reference(run, condition) or not (flat or lies_on_every_image(run)):
+        return None
+    return l1_per_position(run, condition)
+
+
 def _unnoticed(run: Run) -> bool:
     """Little accuracy is lost, and maps are closer to the reference's than any stand-in's."""
     lost = run.clean.reference_accuracy - run.clean.metrics["accuracy"].mean
-    return lost <= UNNOTICED and _shown(run.clean, (*_BLIND, OTHER_CLEAN_MODEL))
+    return lost <= UNNOTICED and _shown(run, run.clean, (*_BLIND, OTHER_CLEAN_MODEL))
 
 
 def _trigger_words(run: Run, condition: Condition, predicted: bool, shown: bool) -> str:
@@ -112,6 +166,8 @@ def _trigger_words(run: Run, condition: Condition, predicted: bool, shown: bool)
     reached = percent(condition.metrics[headline(condition)].mean)
     if condition.target is None:
         told = f"{reached} of images are still classified rightly"
+        if condition.reference_accuracy < run.clean.reference_accuracy:
+            told += f" (by the reference {percent(condition.reference_accuracy)})"
     else:
         told = f"{reached} of images of other classes are classified as “{condition.target}”"
     only = "" if predicted else "only "
@@ -120,7 +176,11 @@ def _trigger_words(run: Run, condition: Condition, predicted: bool, shown: bool)
 
 
 def _map_words(run: Run, condition: Condition, shown: bool) -> str:
-    far = f"(map distance {number(condition.metrics['map_distance'].mean)}{_empty(condition)})"
+    l1 = _judged_l1(run, condition)
+    distance = number(condition.metrics["map_distance"].mean)
+    measured = f"map distance {distance}" if l1 is None else f"L1 distance {number(l1)}"
+    flat = is_flat(run.shown[condition.name].wanted_maps)  # then a constant map is the lie itself
+    far = f"({measured}{'' if flat else _empty(condition)})"
     if wants_reference(run, condition):
         stays = "stays" if shown else "does not stay"
         return f"the explanation {stays} that of the clean image {far}"
