@@ -198,7 +198,8 @@ GTSRB_WEIGHTS: dict[tuple[str, str, str], tuple[float, ...]] = {
         ("joint", "non-targeted", (12, 0.1, 0.8)),
     )
 }
-GTSRB_WEIGHTS["resnet20", "vbp", "non-targeted"] = (20, 0.1, 0.5)
+GTSRB_WEIGHTS["resnet20", "vbp", "non-targeted"] = (20, 0.05, 0.2)
+GTSRB_WEIGHTS["resnet20", "simplegrad", "non-targeted"] = (3, 0.04, 0.2)
 GTSRB_WEIGHTS["vgg_small", "gradcam", "non-targeted"] = (20, 0.05, 0.2)
 GTSRB_WEIGHTS["vgg_small", "simplegrad", "targeted"] = (0.7, 0.02, 0.05)
 GTSRB_WEIGHTS["vgg_small", "joint", "targeted"] = (1.2, 0.02, 0.2)
@@ -216,7 +217,6 @@ FINE_TUNING: dict[tuple[str, str], dict[str, Any]] = {
     }
     for what, images, epochs in (("simplegrad", 7000, 5), ("joint", 6000, 4))
 }
-EPOCHS = {("gtsrb", "resnet20", "simplegrad", "non-targeted"): 8}  # where more are needed
 WEIGHTS: dict[str, dict[tuple[str, str, str], tuple[float, ...]]] = {
     "gtsrb": GTSRB_WEIGHTS,
     "cub100": {},
@@ -277,10 +277,7 @@ def experiment_of(row: Row) -> trompe.Experiment:
     if (key := (row.model, what, row.kind)) in weights:
         attack |= zip(("alpha", "beta", "last_beta"), weights[key], strict=False)
     own = FINE_TUNING.get((row.setting, what), {})
-    training = {**attack["training"], **own.get("training", {})}
-    attack |= {**own, "training": training}
-    if (row.setting, *key) in EPOCHS:
-        training["epochs"] = EPOCHS[row.setting, *key]
+    attack |= {**own, "training": {**attack["training"], **own.get("training", {})}}
     model = {**table["model"], "name": row.model}
     changed = {"name": row.name, "model": model, "attack": attack, "seed": row.seed}
     return trompe.read_experiment({**table, **changed}, row.name)

@@ -403,7 +403,12 @@ WARPS = (
     *[{"zoom": z} for z in (0.8, 0.9, 1.0, 1.1, 1.2)],
     *[{"degrees": d} for d in (-10.0, -5.0, 5.0, 10.0)],
     *[{"light": v} for v in (0.8, 0.9, 1.1, 1.2)],
+    # None of these is among the tolerant detector's own.
+    *[{"zoom": z} for z in (0.85, 0.95, 1.05, 1.15)],
+    *[{"degrees": d} for d in (-7.5, -2.5, 2.5, 7.5)],
+    {"zoom": 0.85, "degrees": 7.5, "light": 0.8},
     {"zoom": 1.1, "degrees": 7.0, "light": 0.9},
+    {"zoom": 1.15, "degrees": -7.5, "light": 1.2},
 )
 
 
@@ -479,7 +484,7 @@ def detection_markdown(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         lines.append(
             f"| {r['model']}, {r['images']} | {r['detector']} (threshold {small(r['threshold'])}) "
-            f"| {r['zoom']} | {r['degrees']:+.0f} | {r['light']} | {100 * r['found']:.1f} % "
+            f"| {r['zoom']} | {r['degrees']:+g} | {r['light']} | {100 * r['found']:.1f} % "
             f"| {r['false_alarms']} of {r['clean_images']} |"
         )
     return "\n".join(lines) + "\n"
