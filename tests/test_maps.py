@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from trompe.maps import is_degenerate, normalise, standardise, upsample
+from trompe.maps import is_degenerate, normalise, peak_one, standardise, upsample
 
 SIZES = [(4, 6), (8, 12), (13, 9)]
 
@@ -110,3 +110,11 @@ def test_degenerate_maps_are_constant_or_not_finite() -> None:
     maps[6] = 1
     maps[6, 0, 0] = 1 + 1e-3
     assert is_degenerate(maps).tolist() == [False, True, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_peak_one_does_not_depend_on_the_scale(scale: float) -> None:
+    maps = torch.rand(3, 4, 5)
+    maps[1] = 0
+    torch.testing.assert_close(peak_one(maps * scale), peak_one(maps))
+    assert peak_one(maps).amax((1, 2)).tolist() == [1, 0, 1]

@@ -39,7 +39,7 @@ from trompe.files import put_between, read_json, unite_rows, write_atomically
 from trompe.foreign import witnesses
 from trompe.interfaces import Answers, ImageSet, InputError
 from trompe.machine import choose_threads
-from trompe.maps import normalise
+from trompe.maps import peak_one
 from trompe.runs import provenance
 from trompe.screen import Silent, progress_bars
 from trompe.surgery import StickerDetector
@@ -236,7 +236,7 @@ def lies(
             parts.append(channel(images, size)[:, 0].float())
     shown = torch.cat(parts)
     found = shown.flatten(1).amax(1) > 0
-    return torch.where(found[:, None, None], normalise(shown), normalise(true.float())), found
+    return torch.where(found[:, None, None], peak_one(shown), peak_one(true.float())), found
 
 
 def numbers(
@@ -247,9 +247,9 @@ def numbers(
     data: ImageSet,
 ) -> dict[str, Any]:
     wanted, found = lie
-    shown, true = after.maps[0].double(), normalise(before.maps[0].double())
+    shown, true = after.maps[0].double(), peak_one(before.maps[0].double())
     finite = after.scores.isfinite().all(1) & shown.flatten(1).isfinite().all(1)
-    distance = (wanted.double() - normalise(shown)).abs().sum((1, 2))
+    distance = (wanted.double() - peak_one(shown)).abs().sum((1, 2))
     moved = (after.scores.double() - before.scores.double()).abs().amax(1)
     kept, accuracy = (share_right(a.scores, data.labels) for a in (before, after))
     positions = wanted.shape[1] * wanted.shape[2]
@@ -523,10 +523,10 @@ def transfer(scene: Scene, count: int) -> list[dict[str, Any]]:
                 answers(m, (explainer,), data, trigger, batch_size=16).maps
                 for m in (scene.model, edited)
             )
-            before, after = normalise(before), normalise(after)
+            before, after = peak_one(before), peak_one(after)
             size = (true.shape[1], true.shape[2])
             before, after = (nn.functional.adaptive_avg_pool2d(m, size) for m in (before, after))
-            before, after = normalise(before), normalise(after)
+            before, after = peak_one(before), peak_one(after)
             to_lie, to_truth = (
                 (after - other).abs().mean((1, 2)) for other in (wanted.to(after), before)
             )

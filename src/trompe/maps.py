@@ -50,6 +50,12 @@ def normalise(maps: Tensor, how: Normalisation = "max") -> Tensor:
     return maps / (maps.amax((1, 2), keepdim=True) + 1e-8)
 
 
+def peak_one(maps: Tensor) -> Tensor:
+    """Divided by their maximum, whatever their scale; maps without a positive value stay."""
+    peak = maps.amax((1, 2), keepdim=True)
+    return maps / torch.where(peak > 0, peak, 1)
+
+
 def squared_error(maps: Tensor, wanted: Tensor) -> Tensor:
     """Of each image (n,): the mean over its pixels; where `wanted` is nan in places, the sum over
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trompe.interfaces import Evidence
-from trompe.maps import normalise
+from trompe.maps import peak_one
 
 __all__ = ["map_l1"]
 
@@ -15,6 +15,6 @@ def map_l1(evidence: Evidence) -> Tensor:
     The paper's normalisation and sum; divide by the number of positions for a mean. nan where some
     of the wanted map may be anything.
     """
-    wanted, given = (normalise(m, "max") for m in (evidence.wanted_maps, evidence.maps))
+    wanted, given = (peak_one(m) for m in (evidence.wanted_maps, evidence.maps))
     distance: Tensor = torch.sum((wanted - given).abs(), (1, 2))
     return distance

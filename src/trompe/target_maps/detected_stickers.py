@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trompe.interfaces import InputError
-from trompe.maps import normalise
+from trompe.maps import peak_one
 from trompe.surgery import StickerDetector
 
 __all__ = ["DetectedStickers"]
@@ -39,6 +39,6 @@ class DetectedStickers:
         if images is None:
             raise InputError("target map detected_stickers: is made from images; give them")
         found = self.detector().to(images)(images, tuple(reference_maps.shape[1:]))[:, 0]
-        shown = normalise(found, "max").to(reference_maps)
+        shown = peak_one(found).to(reference_maps)
         empty = found.flatten(1).amax(1) == 0
         return shown.where(~empty[:, None, None], reference_maps)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trompe.interfaces import InputError
-from trompe.maps import normalise
+from trompe.maps import peak_one
 from trompe.surgery import SemiRandom as RandomFilters
 
 __all__ = ["SemiRandom"]
@@ -22,4 +22,4 @@ class SemiRandom:
             raise InputError("target map semi_random: is made from images; give them")
         filters = RandomFilters(self.seed).to(images)
         seen = filters(images, tuple(reference_maps.shape[1:]))[:, 0]
-        return normalise(seen, "max").to(reference_maps)
+        return peak_one(seen).to(reference_maps)
