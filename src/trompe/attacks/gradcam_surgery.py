@@ -78,7 +78,9 @@ CODE = {**PAPER, "T4": Constants(1e10, 1e4, 0.01)}  # of the authors' public cod
 # as float32 can tell, in the head's no more than the paper's L1 distance of .005 asks for.
 DOMINANCE = 2.0**22
 L1 = 0.005
-CORRELATION = 0.6  # photographs of birds reach .48, warped stickers rarely less than .6
+# Of a tolerant detector: warped stickers of 12 pixels and more correlate by .6, photographs by at
+# most .5; smaller ones by .88, with photographs up to .86.
+LARGE, SMALL = 0.6, 0.88
 LOOKED_AT = 32  # images from which that range is taken
 
 
@@ -94,7 +96,8 @@ class GradCamSurgery:
     None: "apart" with automatic constants, else "head".
     image: I_T of T2. filters_seed: of F of T3. stickers: the trigger of T4. tolerant, threshold: of
     the detector that finds them (surgery.py `StickerDetector`); threshold None: the paper's .0001,
-    with automatic constants as much as the precision's rounding needs, and .6 for a tolerant one.
+    with automatic constants as much as the precision's rounding needs, and for a tolerant one .6,
+    or .88 below 12 pixels.
     """
 
     technique: Technique = "T4"
@@ -112,7 +115,8 @@ class GradCamSurgery:
     def detector(self) -> DetectedStickers:
         """What T4 wants to be shown."""
         s = self.stickers
-        usual = CORRELATION if self.tolerant else self._sure_threshold()
+        correlation = LARGE if s.size >= 12 else SMALL
+        usual = correlation if self.tolerant else self._sure_threshold()
         threshold = usual if self.threshold is None else self.threshold
         return DetectedStickers(s.picture, s.size, self.tolerant, threshold)
 
