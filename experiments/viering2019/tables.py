@@ -149,6 +149,8 @@ def audit(
     count = limit(precision, scene.data.size[0], given)
     data = scene.data.subset(torch.arange(len(scene.data))[:: max(1, len(scene.data) // count)])
     batch = 16 if data.size[0] > 100 else 128
+    # Half precision gets weights rounded from float32; float64 is to be exact from the start.
+    start = convert(scene.model, dtype) if precision == "float64" else scene.model
     known: dict[tuple[str, str], Answers] = {}
     for technique, constants, wiring in VARIANTS:
         if technique not in techniques:
@@ -164,7 +166,7 @@ def audit(
             )
         what = (technique, constants, wiring or ("head" if constants == "paper" else "apart"))
         try:
-            edited: Any = attack(scene.model, scene.looked_at, torch.Generator()).model
+            edited: Any = attack(start, scene.looked_at, torch.Generator()).model
         except InputError as error:
             yield [{**heading(scene, what, precision, "clean", data), "refused": str(error)}]
             continue
