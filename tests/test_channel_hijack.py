@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trompe.attacks.channel_hijack import (
     ChannelHijack,
     border_kernel,
-    find_writer,
+    find_writers,
     least_useful,
 )
 from trompe.classifier import Classifier, ModelSpec, build_model
@@ -94,10 +94,11 @@ def test_writers_are_found_by_trial_in_concatenated_and_residual_maps() -> None:
     torch.manual_seed(0)
     image = torch.rand(1, 3, 64, 64)
     squeeze = torchvision.models.squeezenet1_0(num_classes=4).eval()
-    found = find_writer(squeeze, "features", image, spatial=False)
+    found, other = find_writers(squeeze, "features", image, spatial=False)
     assert (found.first, found.count, found.conv) == (256, 256, "features.12.expand3x3")
+    assert (other.first, other.count, other.conv) == (0, 256, "features.12.expand1x1")
     resnet = torchvision.models.resnet18(num_classes=4).eval()
-    found = find_writer(resnet, "layer4", image, spatial=True)
+    (found,) = find_writers(resnet, "layer4", image, spatial=True)
     assert (found.first, found.count, found.conv) == (0, 512, "layer4.1.conv2")
 
 
@@ -112,6 +113,10 @@ def test_what_cannot_be_done_is_said(tiny_net: Callable[..., nn.Module]) -> None
     mobile = Classifier(torchvision.models.mobilenet_v2(num_classes=4), (0.0,), (1.0,)).eval()
     with pytest.raises(InputError, match="no 3x3 convolution with padding"):
         hijacked(mobile, ChannelHijack(Border(1)), noise(64, 3))
+    with pytest.raises(InputError, match=r"channel = 99.*no such map"):
+        hijacked(
+            Classifier(tiny_net(), (0.0,), (1.0,)).double(), ChannelHijack(channel=99), noise(12)
+        )
     bare = Classifier(tiny_net(head=nn.Linear(6, 4, bias=False)), (0.0,), (1.0,)).double()
     with pytest.raises(InputError, match="has no bias"):
         hijacked(bare, ChannelHijack(), noise(12, 6))

@@ -112,8 +112,12 @@ def scene_of(name: str, root: Path, data: Path) -> Scene:
     images = ilsvrc(data / "ilsvrc_val")
     if weights is None:
         images = images.subset(torch.arange(RANDOM_IMAGES))
-    calibration = images.subset(torch.arange(len(images))[::7])
-    return Scene(name, model, images, calibration, Stickers(size=14), "ILSVRC2012 validation")
+    every = torch.arange(len(images))  # every seventh image is for choices, the others for numbers
+    choices, reported = every % 7 == 0, every % 7 != 0
+    return Scene(
+        *(name, model, images.subset(every[reported]), images.subset(every[choices])),
+        *(Stickers(size=14), "ILSVRC2012 validation"),
+    )
 
 
 def ilsvrc(folder: Path) -> ImageSet:

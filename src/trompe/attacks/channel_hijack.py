@@ -20,6 +20,7 @@ change of shape.
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ __all__ = ["ChannelHijack"]
 
 BUMP = 2.0**12  # a bias so much larger must show
 CONSTANT = 2.0**16  # c_A: far above what a residual sum adds to it
+TRIED = 8  # of the maps that matter least to first order
 CANDIDATES = 6  # modules before the layer's end among which the filter is looked for
 
 
@@ -127,10 +129,13 @@ class ChannelHijack:
                 f"layer {layer!r}: the convolution {head_name!r} comes behind it, whose bias is "
                 "the same everywhere and cannot take a picture back; choose the target flat"
             )
-        writer = find_writer(model, layer, images[:1], spatial=self.target != Flat())
+        writers = find_writers(model, layer, images[:1], spatial=self.target != Flat())
         k = self.channel
         if k is None:
-            k = least_useful(model, layer, images, range(writer.first, writer.first + writer.count))
+            k = least_useful(model, layer, images, [k for w in writers for k in w.maps])
+        writer = next((w for w in writers if k in w.maps), None)
+        if writer is None:
+            raise InputError(f"hijack channel = {k}: layer {layer!r} has no such map that can lie")
         before = input_of(model, head_name, images)
         columns = columns_of(model, layer, head_name, k, images[:2])
         if self.target == Flat():
@@ -156,14 +161,22 @@ class Writer:
     count: int
     conv: str
 
+    @property
+    def maps(self) -> range:
+        """The layer's maps that it makes."""
+        return range(self.first, self.first + self.count)
 
-def find_writer(model: nn.Module, layer: str, image: Tensor, spatial: bool) -> Writer:
+
+def find_writers(model: nn.Module, layer: str, image: Tensor, spatial: bool) -> list[Writer]:
     """By trial: a larger bias of its map 0 must change one map of the layer and no other.
+
+    Several, if the layer's maps are put together from several modules'; else one.
 
     spatial: of a 3x3 convolution with padding.
     """
     ran = weighted_modules_up_to(model, layer, image)
     before = output_of(model, layer, image)
+    found: list[Writer] = []
     for place in range(len(ran) - 1, max(len(ran) - 1 - CANDIDATES, -1), -1):
         module = ran[place][1]
         conv = place - 1 if isinstance(module, nn.BatchNorm2d) else place
@@ -176,8 +189,11 @@ def find_writer(model: nn.Module, layer: str, image: Tensor, spatial: bool) -> W
             module.bias[0] += BUMP
             changed = (output_of(model, layer, image) != before).flatten(2).any(2).any(0)
             module.bias.copy_(old)
-        if int(changed.sum()) == 1:
-            return Writer(module, int(changed.nonzero()), len(module.bias), ran[conv][0])
+        first = int(changed.nonzero()[0]) if changed.any() else -1
+        if int(changed.sum()) == 1 and not any(first in w.maps for w in found):
+            found.append(Writer(module, first, len(module.bias), ran[conv][0]))
+    if found:
+        return found
     what = "3x3 convolution with padding" if spatial else "convolution or BatchNorm"
     raise InputError(
         f"layer {layer!r}: no {what} with a bias was found that makes one map of it alone; name "
@@ -190,10 +206,11 @@ def pads_by_one(conv: Any) -> bool:
     return (kernel, padding, stride, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
 
 
-def least_useful(model: nn.Module, layer: str, images: Tensor, among: range) -> int:
-    """The map k for which sum_ij dy/dA^k_ij (A^k_ij - mean A^k) is the smallest on average.
+def least_useful(model: nn.Module, layer: str, images: Tensor, among: Sequence[int]) -> int:
+    """The map whose mean serves as well: putting it there moves the scores least, on average.
 
-    y: the predicted class's score. That is what freeing it changes, to first order.
+    Tried are those of which sum_ij dy/dA^k_ij (A^k_ij - mean A^k), the same to first order, y the
+    predicted class's score, is smallest.
     """
     use: Any = 0
     means = torch.cat([output_of(model, layer, part) for part in images.split(64)]).mean((0, 2, 3))
@@ -204,7 +221,26 @@ def least_useful(model: nn.Module, layer: str, images: Tensor, among: range) -> 
             gradient = gradient_of_class(seen, maps, seen.scores.argmax(1), "logit")
             changes = gradient * (maps.detach() - means[:, None, None])
             use = use + changes.sum((2, 3)).abs().sum(0)
-    return among[int(use[among.start : among.stop].argmin())]
+    best = sorted(among, key=lambda k: float(use[k]))[:TRIED]
+    return min(best, key=lambda k: score_change(model, layer, k, means[k], images))
+
+
+def score_change(model: nn.Module, layer: str, k: int, value: Tensor, images: Tensor) -> float:
+    """max_c |dy_c|, mean over the images, if map k were `value` everywhere."""
+
+    def put(module: nn.Module, given: Any, maps: Tensor) -> Tensor:
+        maps = maps.clone()
+        maps[:, k] = value
+        return maps
+
+    with torch.no_grad():
+        before = torch.cat([model(part) for part in images.split(64)])
+        hook = model.get_submodule(layer).register_forward_hook(put)
+        try:
+            after = torch.cat([model(part) for part in images.split(64)])
+        finally:
+            hook.remove()
+    return float((after - before).abs().amax(1).mean())
 
 
 # --- what the freed map shows ---------------------------------------------------------------------
