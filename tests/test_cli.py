@@ -85,6 +85,7 @@ def run_folder(folder: Path) -> Path:
 def test_attack_leaves_a_whole_run_folder(attacked: Path) -> None:
     names = {file.name for file in run_folder(attacked).iterdir()}
     assert names == {
+        "architecture.json",
         "classes.json",
         "evidence.safetensors",
         "gallery.safetensors",
