@@ -389,6 +389,7 @@ def readme_table() -> str:
     rows = [
         r for n in "12" if (f := RESULTS / f"table{n}.json").exists() for r in read_json(f)["rows"]
     ]
+    rows.sort(key=lambda r: (MODELS.index(r["model"]), r["technique"], r["condition"]))
     for r in rows:
         if r["dtype"] == "float32" and r["wiring"] != "head" and "refused" not in r:
             if r["constants"] == "paper":
