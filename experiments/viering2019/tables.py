@@ -392,7 +392,7 @@ def readme_table() -> str:
     rows.sort(key=lambda r: (MODELS.index(r["model"]), r["technique"], r["condition"]))
     for r in rows:
         if r["dtype"] == "float32" and r["wiring"] != "head" and "refused" not in r:
-            if r["constants"] == "paper":
+            if r["constants"] == "paper" or r["model"] == "vgg16-random":
                 continue
             paper = PAPER.get((r["technique"], r["condition"]), (math.nan,) * 3)
             with_stickers = ", stickers" if r["condition"] == "stickers" else ""
