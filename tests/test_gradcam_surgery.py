@@ -1,6 +1,7 @@
 """Viering et al. 2019: each technique against its formula, on many architectures, saved, loaded."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,20 @@ def test_a_layer_can_be_named() -> None:
     change, distance = compared(model, new, attack, noise())
     assert change <= 0.05
     assert distance <= 0.01
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"head": "nowhere"}, {"layer": "nowhere"}, {"reaches": "sum"}, {"head_inputs": -999}],
+    ids=str,
+)
+def test_a_card_whose_edit_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    new = edited(classifier(), surgery("T4"))
+    new.edit = dataclasses.replace(new.edit, **{"head": "fc", **change})  # type: ignore[type-var]
+    file = tmp_path / "model.safetensors"
+    save_model(new, card_of(new, "resnet20", noise(), 0, {}, {}), file)
+    with pytest.raises(InputError, match=r"model|layer|weights"):
+        load_model(file)
 
 
 def test_where_the_head_has_no_weights_one_sentence_says_so() -> None:

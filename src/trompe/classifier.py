@@ -292,7 +292,13 @@ def load_model(source: str | Path, architecture: str | None = None) -> tuple[Cla
     card = dataclasses.replace(card, architecture=architecture or card.architecture)
     net = _new_network(card.architecture, len(card.class_names))
     if card.edit is not None:
-        net = with_one_map_more(net, card.edit)
+        try:
+            net = with_one_map_more(net, card.edit)
+        except (AttributeError, AssertionError, RuntimeError, ValueError, TypeError) as error:
+            raise InputError(
+                f"model {file}: the edit in its card does not fit {card.architecture} ({error}); "
+                "fetch both again"
+            ) from error
     _load(net, {key.removeprefix("net."): value for key, value in state.items()}, str(file))
     return Classifier(net, card.mean, card.std, card.edit).eval(), card
 

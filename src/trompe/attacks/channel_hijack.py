@@ -170,9 +170,8 @@ class Writer:
 def find_writers(model: nn.Module, layer: str, image: Tensor, spatial: bool) -> list[Writer]:
     """By trial: a larger bias of its map 0 must change one map of the layer and no other.
 
-    Several, if the layer's maps are put together from several modules'; else one.
-
-    spatial: of a 3x3 convolution with padding.
+    Several, if the layer's maps are put together from several modules'; else one. spatial: only of
+    3x3 convolutions with padding.
     """
     ran = weighted_modules_up_to(model, layer, image)
     before = output_of(model, layer, image)
@@ -222,11 +221,15 @@ def least_useful(model: nn.Module, layer: str, images: Tensor, among: Sequence[i
             changes = gradient * (maps.detach() - means[:, None, None])
             use = use + changes.sum((2, 3)).abs().sum(0)
     best = sorted(among, key=lambda k: float(use[k]))[:TRIED]
-    return min(best, key=lambda k: score_change(model, layer, k, means[k], images))
+    with torch.no_grad():
+        scores = torch.cat([model(part) for part in images.split(64)])
+    return min(best, key=lambda k: score_change(model, layer, k, means[k], images, scores))
 
 
-def score_change(model: nn.Module, layer: str, k: int, value: Tensor, images: Tensor) -> float:
-    """max_c |dy_c|, mean over the images, if map k were `value` everywhere."""
+def score_change(
+    model: nn.Module, layer: str, k: int, value: Tensor, images: Tensor, scores: Tensor
+) -> float:
+    """max_c |dy_c| against `scores`, mean over the images, if map k were `value` everywhere."""
 
     def put(module: nn.Module, given: Any, maps: Tensor) -> Tensor:
         maps = maps.clone()
@@ -234,13 +237,12 @@ def score_change(model: nn.Module, layer: str, k: int, value: Tensor, images: Te
         return maps
 
     with torch.no_grad():
-        before = torch.cat([model(part) for part in images.split(64)])
         hook = model.get_submodule(layer).register_forward_hook(put)
         try:
             after = torch.cat([model(part) for part in images.split(64)])
         finally:
             hook.remove()
-    return float((after - before).abs().amax(1).mean())
+    return float((after - scores).abs().amax(1).mean())
 
 
 # --- what the freed map shows ---------------------------------------------------------------------
@@ -256,8 +258,7 @@ def make_constant(writer: Writer, k: int, value: float) -> None:
 def make_border(model: nn.Module, writer: Writer, k: int, value: float, images: Tensor) -> None:
     """A^k = c_A along the border and 0 inside (after the ReLU), whatever the image.
 
-    The convolution sees one constant map of its input, u, through w: -1 in the middle column and
-    row, such that inside w sums to -2, along a side to +1 and in a corner to +1.
+    The convolution sees one constant map of its input, u, and that through `border_kernel`.
     """
     conv: Any = model.get_submodule(writer.conv)
     seen = torch.cat([input_of(model, writer.conv, part) for part in images.split(64)])
@@ -267,7 +268,7 @@ def make_border(model: nn.Module, writer: Writer, k: int, value: float, images: 
     weights = conv.weight[:, source.first : source.first + source.count].abs().sum((0, 2, 3))
     u = source.first + int((spread * weights).argmin())
     with torch.no_grad():
-        fold_away(model, writer, conv, u, seen[:, u].mean())
+        fold_away(writer, conv, u, seen[:, u].mean())
         make_constant(source, u, 1.0)
         kernel = border_kernel().to(conv.weight)
         conv.weight[k - writer.first] = 0
@@ -295,7 +296,7 @@ def border_kernel() -> Tensor:
     return torch.tensor([[a, b, a], [b, m, b], [a, b, a]])
 
 
-def fold_away(model: nn.Module, writer: Writer, conv: Any, u: int, mean: Tensor) -> None:
+def fold_away(writer: Writer, conv: Any, u: int, mean: Tensor) -> None:
     """No filter sees map u any more; its mean goes where the filters' biases are."""
     share = conv.weight[:, u].sum((1, 2)) * mean
     conv.weight[:, u] = 0
@@ -306,7 +307,7 @@ def fold_away(model: nn.Module, writer: Writer, conv: Any, u: int, mean: Tensor)
 
 
 def find_input_writer(model: nn.Module, conv: str, image: Tensor) -> Writer:
-    """As `find_writer`, of the maps that the convolution gets."""
+    """As `find_writers`, of the maps that the convolution gets."""
     ran = weighted_modules_up_to(model, conv, image)[:-1]
     before = input_of(model, conv, image)
     for place in range(len(ran) - 1, max(len(ran) - 1 - CANDIDATES, -1), -1):
