@@ -6,7 +6,7 @@ the explainer's own resolution, which may be coarser than the image.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -81,6 +81,62 @@ class ImageSet:
     def floats(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
         """Images at the given positions as float32 in [0, 1] on `device`."""
         return self.images[index].to(device, torch.float32) / 255
+
+
+@dataclass(frozen=True)
+class TableSet:
+    """Labelled rows of a table in memory, every column a number in [0, 1].
+
+    features: float32 (n, columns), each column scaled to the range that it has in the training
+    rows; labels: int64 (n,); class_names: one per class; feature_names: one per column.
+    numeric: bool (columns,), False where 0 and 1 stand for no and yes (a category, a value that
+    was missing): there, nothing lies between.
+    """
+
+    features: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    name: str
+    feature_names: tuple[str, ...]
+    numeric: Tensor
+
+    def __post_init__(self) -> None:
+        n, columns = self.features.shape
+        if n == 0 or n != len(self.labels):
+            raise InputError(
+                f"data set {self.name!r}: {n} rows and {len(self.labels)} labels; give at least "
+                "one row and exactly one label for each"
+            )
+        if columns != len(self.feature_names) or columns != len(self.numeric):
+            raise InputError(
+                f"data set {self.name!r}: {columns} columns, {len(self.feature_names)} names and "
+                f"{len(self.numeric)} kinds; give one of each a column"
+            )
+        if not bool(torch.isfinite(self.features).all()):
+            column = int((~torch.isfinite(self.features)).any(0).nonzero()[0])
+            raise InputError(
+                f"data set {self.name!r}, column {self.feature_names[column]!r}: holds nan or "
+                "infinity; fill in or leave out its missing values"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(1, columns): a row is a picture one pixel high."""
+        return 1, self.features.shape[1]
+
+    def subset(self, index: Tensor) -> "TableSet":
+        """The rows at the given positions (int64 (k,)), in that order."""
+        return replace(self, features=self.features[index], labels=self.labels[index])
+
+    def floats(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
+        """Rows at the given positions, float32 (k, columns) in [0, 1], on `device`."""
+        return self.features[index].to(device)
+
+
+Samples = ImageSet | TableSet
 
 
 class Batch(NamedTuple):
