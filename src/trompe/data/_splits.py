@@ -3,6 +3,14 @@
 import torch
 from torch import Tensor
 
+from trompe.interfaces import InputError
+
+
+def check_held_out(share: float) -> None:
+    """InputError for a share of held-out samples that leaves one part empty for sure."""
+    if not 0 < share < 1:
+        raise InputError(f"data.held_out = {share}: must lie between 0 and 1")
+
 
 def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Positions of two disjoint parts, the first with `share` of each class (rounded), sorted.

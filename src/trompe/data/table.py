@@ -1,0 +1,101 @@
+"""Any table: a CSV file with one row a patient, say, and a column for the class."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from trompe.data._splits import check_held_out
+from trompe.data._tables import OnMissing, check_clip, table_sets
+from trompe.interfaces import InputError, TableSet
+
+__all__ = ["Table"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file (or .csv.gz) with a header. Columns become features in [0, 1].
+
+    outcome: the column of the class; classes are its values, sorted. leave_out: columns that are
+    no features: identifiers, consequences of the outcome. columns: only these are (None: all).
+
+    held_out: the share of rows in test(), in (0, 1), drawn by split_seed, stratified by class;
+    elsewhere its halves serve validation and test, so that 0.1 is the 90/5/5 of Zhang, Gao & Su
+    2021. Everything below is fitted on the training rows.
+
+    Numbers are clipped to their `clip` and 1 - clip quantiles, in [0, 0.5), and scaled by what is
+    left of their range; where both quantiles are the same, by the whole range. Numbers of which
+    there are two only are no and yes. Texts and truth values, and the columns in `categories`,
+    become one feature "<column>=<value>" for each value; a value that no training row has is none
+    of them. A text column of more than 30 values must be named in leave_out or categories.
+
+    missing: what else than an empty field, "NA", "nan", "None" and the like stands for no value.
+    on_missing: "median" puts the training rows' lower median there ("error" refuses), or none of
+    the categories, and adds a feature "<column> missing" if a training row has no value.
+    drop_without_outcome: leave out rows without a class, instead of refusing them.
+
+    Raises InputError that names file, column and row; rows count from 1 below the header. For a
+    data frame in memory there is `table_sets(frame, outcome, ...)`.
+    """
+
+    file: str
+    outcome: str
+    leave_out: tuple[str, ...] = ()
+    columns: tuple[str, ...] | None = None
+    categories: tuple[str, ...] = ()
+    held_out: float = 0.1
+    split_seed: int = 0
+    clip: float = 0.005
+    missing: tuple[str, ...] = ()
+    on_missing: OnMissing = "median"
+    drop_without_outcome: bool = False
+
+    def __post_init__(self) -> None:
+        check_held_out(self.held_out)
+        check_clip(self.clip)
+        for name in ("leave_out", "columns", "categories", "missing"):
+            if isinstance(given := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(given))  # a list could be no key of the cache
+
+    def train(self) -> TableSet:
+        return self._sets()[0]
+
+    def test(self) -> TableSet:
+        return self._sets()[1]
+
+    def _sets(self) -> tuple[TableSet, TableSet]:
+        file = Path(self.file).resolve()
+        if not file.is_file():
+            raise InputError(f"table {file}: no such file; correct data.file")
+        state = file.stat()
+        return _read(self, file, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(settings: Table, file: Path, changed: int, size: int) -> tuple[TableSet, TableSet]:
+    """Both sets, read and fitted once as long as settings and file stay as they are."""
+    where = f"table {file}"
+    try:
+        frame = pd.read_csv(file, na_values=list(settings.missing), low_memory=False)
+    except pd.errors.EmptyDataError as error:
+        raise InputError(f"{where}: is empty; give a CSV file with a header") from error
+    except (OSError, EOFError, ValueError) as error:  # pandas' own are ValueErrors
+        problem = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise InputError(f"{where}: cannot be read as CSV ({problem})") from error
+    if len(frame) and frame.index[0] != 0:  # pandas takes what is too much for the rows' names
+        raise InputError(f"{where}: rows hold more values than its header has names; add them")
+    return table_sets(
+        frame,
+        settings.outcome,
+        leave_out=settings.leave_out,
+        columns=settings.columns,
+        categories=settings.categories,
+        held_out=settings.held_out,
+        split_seed=settings.split_seed,
+        clip=settings.clip,
+        on_missing=settings.on_missing,
+        drop_without_outcome=settings.drop_without_outcome,
+        name=file.name.split(".")[0],
+        where=where,
+    )
