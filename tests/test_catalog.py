@@ -37,6 +37,8 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {  # plug-ins that cannot be b
     },
     ("data", "cub"): {"root": "somewhere"},
     ("data", "image_folder"): {"root": "somewhere"},
+    ("data", "stanford_dogs"): {"root": "somewhere"},
+    ("data", "table"): {"file": "some.csv", "outcome": "died"},
 }
 OF_SETTINGS = ("data", "triggers", "target_maps", "explainers", "attacks")
 EVERY_PLUGIN = [(kind, name) for kind in catalog.KINDS for name in catalog.names(kind)]

@@ -12,13 +12,17 @@ from torch import Tensor
 from trompe.interfaces import ImageSet, InputError
 
 
-def read_image(file: Path, size: int | None) -> np.ndarray:
-    """One file as RGB uint8 (size, size, 3); bilinear, the whole frame. InputError if it can't."""
+def read_image(file: Path, size: int | None, crop: bool = False) -> np.ndarray:
+    """One file as RGB uint8 (size, size, 3); bilinear, the whole frame. InputError if it can't.
+
+    crop: the centre square instead of the whole frame. size None: the frame's own pixels.
+    """
     try:
         with Image.open(file) as image:
             rgb = image.convert("RGB")
             if size is not None and rgb.size != (size, size):
-                rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+                box = _centre_square(*rgb.size) if crop else None
+                rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box)
             return np.asarray(rgb)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         bytes_in_it = file.stat().st_size if file.exists() else None
@@ -30,6 +34,12 @@ def read_image(file: Path, size: int | None) -> np.ndarray:
         ) from error
 
 
+def _centre_square(width: int, height: int) -> tuple[float, float, float, float]:
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
 def read_images(
     files: Sequence[Path],
     labels: Sequence[int],
@@ -38,12 +48,16 @@ def read_images(
     class_names: tuple[str, ...],
     name: str,
     groups: Sequence[int] | None = None,
+    crop: bool = False,
 ) -> ImageSet:
-    """All files as one ImageSet of size x size; unreadable ones raise, or are left out by name."""
+    """All files as one ImageSet of size x size; unreadable ones raise, or are left out by name.
+
+    crop: as in `read_image`.
+    """
 
     def read(file: Path) -> np.ndarray | InputError:
         try:
-            return read_image(file, size)
+            return read_image(file, size, crop)
         except InputError as error:
             if skip_unreadable:
                 return error
