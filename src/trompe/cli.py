@@ -77,7 +77,9 @@ def train(
     experiment: Annotated[
         Path | None, typer.Argument(help="Take data, model and training from this experiment.")
     ] = None,
-    data: Annotated[str, typer.Option(help="signs, gtsrb or image-folder.")] = "signs",
+    data: Annotated[
+        str, typer.Option(help="What `trompe list data` shows, such as signs.")
+    ] = "signs",
     data_root: Annotated[str | None, typer.Option(help="Folder of the data.")] = None,
     size: Annotated[int | None, typer.Option(help="Images are size x size pixels.")] = None,
     model: Annotated[

@@ -1,4 +1,4 @@
-"""Where images come from. One file a source; each gives `train()` and `test()`."""
+"""Where images and tables come from. One file a source; each gives `train()` and `test()`."""
 
 from trompe.data._reading import read_image
 from trompe.data._splits import halves

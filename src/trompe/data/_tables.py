@@ -17,7 +17,12 @@ OnMissing = Literal["median", "error"]
 _MOST_TEXTS = 30  # a column of more different texts is a name, a date or a remark
 # What pandas calls values that may all be numbers; truth values, dates and its categories are not.
 _MAY_BE_NUMBERS = {
-    *("integer", "floating", "mixed-integer-float", "mixed-integer", "mixed", "string"),
+    "integer",
+    "floating",
+    "mixed-integer-float",
+    "mixed-integer",
+    "mixed",
+    "string",
 }
 
 
