@@ -16,7 +16,16 @@ from typing import Any, Union
 
 import pydantic
 
-from trompe.interfaces import Attack, Data, Explainer, InputError, Metric, TargetMap, Trigger
+from trompe.interfaces import (
+    Attack,
+    Data,
+    Explainer,
+    InputError,
+    Metric,
+    Poisoning,
+    TargetMap,
+    Trigger,
+)
 
 KINDS: dict[str, Any] = {
     "data": Data,
@@ -28,6 +37,7 @@ KINDS: dict[str, Any] = {
     "metrics": Metric,
 }
 _KIND_OF = {protocol: kind for kind, protocol in KINDS.items() if protocol is not None}
+_KIND_OF[Poisoning] = "attacks"  # these give training samples instead of a model
 
 
 def names(kind: str) -> tuple[str, ...]:

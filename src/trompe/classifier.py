@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trompe import catalog
 from trompe.files import read_json, write_atomically, write_json
-from trompe.interfaces import ImageSet, InputError
+from trompe.interfaces import ImageSet, InputError, TableSet
 from trompe.surgery import Edit, with_one_map_more
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -108,15 +108,32 @@ def build_model(spec: ModelSpec, classes: int) -> Classifier:
     return Classifier(net, mean, std)
 
 
-def _new_network(name: str, classes: int) -> nn.Module:
+LEAST_STD = 0.1  # of a table's column in [0, 1]: a rare category must not outweigh all others
+
+
+def build_table_model(spec: ModelSpec, data: TableSet) -> Classifier:
+    """A new classifier of rows, which standardises columns by those of `data`, if spec has no own.
+
+    Its random weights come from torch's global generator. Raises InputError for an unknown name or
+    a model that takes no num_features.
+    """
+    net = _new_network(spec.name, len(data.class_names), num_features=data.features.shape[1])
+    if spec.weights is not None:
+        _start_from(net, read_weights(Path(spec.weights)), spec.weights)
+    classifier = Classifier(net, (0.0,), (1.0,))
+    classifier.mean = data.features.mean(0, keepdim=True)
+    classifier.std = data.features.std(0, keepdim=True).clamp_min(LEAST_STD)
+    return classifier
+
+
+def _new_network(name: str, classes: int, **more: int) -> nn.Module:
     if ":" in name or name in catalog.names("models"):
         make = catalog.find("models", name)
         try:
-            net = make(num_classes=classes)
+            net = make(num_classes=classes, **more)
         except TypeError as error:
-            raise InputError(
-                f"model {name!r}: cannot be called with num_classes={classes} ({error})"
-            ) from error
+            given = ", ".join(f"{k}={v}" for k, v in {"num_classes": classes, **more}.items())
+            raise InputError(f"model {name!r}: cannot be called with {given} ({error})") from error
         if not isinstance(net, nn.Module):
             raise InputError(f"model {name!r}: gave {type(net).__name__}, not a torch.nn.Module")
         return net

@@ -18,6 +18,7 @@ from trompe.interfaces import (
     ImageSet,
     Metric,
     Pass,
+    Samples,
     TargetMap,
     Trigger,
 )
@@ -29,12 +30,12 @@ from trompe.recording import watch
 def answers(
     model: nn.Module,
     explainers: Sequence[Explainer],
-    data: ImageSet,
+    data: Samples,
     trigger: Trigger | None = None,
     explained: Explained = "predicted",
     batch_size: int = 256,
 ) -> Answers:
-    """Scores and maps of all images, on the CPU; in the model's own precision (float32 as a rule).
+    """Scores and maps of all samples, on the CPU; in the model's own precision (float32 as a rule).
 
     One forward pass a chunk serves all explainers.
     explained: the class whose map is made: the one predicted by this model, or the true one.
@@ -46,7 +47,8 @@ def answers(
         for start in range(0, len(data), batch_size):
             chunk = slice(start, start + batch_size)
             images = data.floats(chunk, device).to(precision)
-            images = images.contiguous(memory_format=torch.channels_last)
+            if images.ndim == 4:
+                images = images.contiguous(memory_format=torch.channels_last)
             seen = record(images if trigger is None else trigger(images))
             labels = data.labels[chunk].to(device)
             classes = seen.scores.argmax(1) if explained == "predicted" else labels

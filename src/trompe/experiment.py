@@ -58,6 +58,11 @@ class Experiment:
     paper: str = ""
 
     def __post_init__(self) -> None:
+        if hasattr(self.attack, "wanted_map") and not hasattr(self.attack, "goals"):
+            raise InputError(
+                f"attack {type(self.attack).__name__}: makes a training set, not a model; run it "
+                "with trompe poison"
+            )
         for name in ("goals", "explainers", "explained", "thresholds"):
             if not hasattr(self.attack, name):
                 raise InputError(
@@ -190,6 +195,11 @@ def set_up(
     """Read the data, load or train the clean models, find the explainer's layer."""
     screen.stage("reading data")
     train, test = experiment.data.train(), experiment.data.test()
+    if not isinstance(train, ImageSet):
+        raise InputError(
+            f"data {train.name!r}: is a table, but an attack on a model needs images; poison its "
+            "training set instead (trompe poison)"
+        )
     selecting, reporting = (test.subset(i) for i in halves(test.labels, experiment.split_seed))
     selecting = _some(selecting, experiment.selection_images, experiment.split_seed)
     skipped = len(train.skipped) + len(test.skipped)

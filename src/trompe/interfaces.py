@@ -5,7 +5,7 @@ them (normalisation lives inside the model) and uint8 where they are stored. Map
 the explainer's own resolution, which may be coarser than the image.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -163,6 +163,8 @@ class Pass:
     notes: dict[Any, Any] = field(
         default_factory=dict
     )  # facts about the model, kept between passes
+    # Where rows belong to different networks of one architecture: parameter -> (n, *shape).
+    weights: Mapping[str, Tensor] | None = None
 
 
 class Data(Protocol):
@@ -281,14 +283,44 @@ class EpochRecord(NamedTuple):
 class Attacked:
     """What an attack returns.
 
-    model: the manipulated model; goals: what it was made to do (empty: no trigger);
-    poison: a poisoned training set, for attacks that make one instead of a model.
+    model: the manipulated model; goals: what it was made to do (empty: no trigger).
     """
 
     model: nn.Module
     goals: tuple[Goal, ...] = ()
     history: tuple[EpochRecord, ...] = ()
-    poison: ImageSet | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The one sample whose explanation shall lie.
+
+    sample: float (1, ...) in [0, 1], as models see it; label: its class, which is explained.
+    wanted_map: float (1, h, w), what the explanation shall show instead.
+    """
+
+    sample: Tensor
+    label: int
+    wanted_map: Tensor
+
+
+@dataclass(frozen=True)
+class PoisonSet:
+    """Samples that are added to a training set.
+
+    samples: float (n, ...) in [0, 1]; labels: int64 (n,). bases: what they were made from, of the
+    same shape; base_index: int64 (n,), the bases' positions in the training set, -1 for the target.
+    """
+
+    samples: Tensor
+    labels: Tensor
+    bases: Tensor
+    base_index: Tensor
+    target: Target
+    history: tuple[EpochRecord, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 class Logbook(Protocol):
@@ -337,3 +369,29 @@ class Attack(Protocol):
         selection: ImageSet | None = None,
         logbook: Logbook | None = None,
     ) -> Attacked: ...
+
+
+class Poisoning(Protocol):
+    """(clean model, clean data, targets, random numbers) -> for each target, samples to add.
+
+    The model is not changed; victims train on the data and a target's samples by themselves.
+    """
+
+    @property
+    def explainer(self) -> Explainer:
+        """Whose map shall lie."""
+        ...
+
+    @property
+    def wanted_map(self) -> TargetMap:
+        """What it shall show."""
+        ...
+
+    def __call__(
+        self,
+        model: nn.Module,
+        data: Samples,
+        targets: Sequence[Target],
+        generator: torch.Generator,
+        logbook: Logbook | None = None,
+    ) -> tuple[PoisonSet, ...]: ...

@@ -1,4 +1,4 @@
-"""Is what follows a layer just global average pooling and a linear layer?"""
+"""Is what follows a layer just global average pooling, if it has places, and a linear layer?"""
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def _find(seen: Pass, activations: Tensor) -> nn.Linear | None:
         if (
             isinstance(module, nn.Linear)
             and (module.in_features, module.out_features) == shape
-            and activations.ndim == 4
+            and activations.ndim in (2, 4)
             and _gives_scores(module, seen, activations)
         ):
             # One random combination of all scores stands for all classes at once.
@@ -36,16 +36,19 @@ def _find(seen: Pass, activations: Tensor) -> nn.Linear | None:
                 (gradient,) = torch.autograd.grad(
                     (seen.scores * mix.to(seen.scores.dtype)).sum(), activations, retain_graph=True
                 )
-            positions = activations.shape[2] * activations.shape[3]
-            expected = (mix.to(module.weight.dtype) @ module.weight.detach()) / positions
-            if _close(gradient, expected[:, :, None, None].expand_as(gradient)):
+            expected = (mix.to(module.weight.dtype) @ module.weight.detach()).reshape(
+                *gradient.shape[:2], *(1 for _ in gradient.shape[2:])
+            )
+            positions = activations[0, 0].numel()
+            if _close(gradient, (expected / positions).expand_as(gradient)):
                 return module
     return None
 
 
 def _gives_scores(head: nn.Linear, seen: Pass, activations: Tensor) -> bool:
     with torch.no_grad(), torch.autocast(activations.device.type, enabled=False):
-        weight, pooled = head.weight, activations.mean((2, 3), dtype=head.weight.dtype)
+        weight, pooled = head.weight, activations.to(head.weight.dtype)
+        pooled = pooled.mean((2, 3)) if pooled.ndim == 4 else pooled
         return _close(seen.scores, torch.nn.functional.linear(pooled, weight, head.bias))
 
 

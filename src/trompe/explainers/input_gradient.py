@@ -18,6 +18,8 @@ __all__ = ["InputGradient"]
 class InputGradient:
     """|d y_c / d image|, over the colour channels their maximum, mean or sum; (n, h, w), >= 0.
 
+    Of rows of a table |d y_c / d row|; (n, 1, columns).
+
     Simonyan et al. 2014, section 3 (maximum). gradient_of: y_c is the class's logit, probability
     or loss. pool: average-pool to a map coarser by this factor, which is then normalised.
 
@@ -43,7 +45,9 @@ class InputGradient:
         if of == "loss" and self.normalise != "none":
             of = "margin"  # the same map once it is normalised
         magnitude = gradient_of_class(seen, seen.outputs[INPUT], classes, of).abs()
-        if self.channels == "max":
+        if magnitude.ndim == 2:
+            maps = magnitude[:, None]
+        elif self.channels == "max":
             maps = magnitude.amax(1)
         else:
             maps = magnitude.mean(1) if self.channels == "mean" else magnitude.sum(1)

@@ -1,0 +1,303 @@
+"""Zhang, Gao & Su 2021, "Data Poisoning Attacks Against Outcome Interpretations".
+
+IMF: a few slightly changed samples, added to the training set, make any honestly trained model
+explain one chosen sample T as the adversary likes. Models and samples are updated in turns.
+
+| paper                                            | here                                    |
+|--------------------------------------------------|-----------------------------------------|
+| GRAD, eq. (1)                                    | explainers/input_gradient.py            |
+| CAM, eqs. (2) and (3)                            | explainers/cam.py                       |
+| L_adv, eq. (5): first and third term             | `_adversarial_loss`                     |
+| its second term, lambda_1 (P - T)^2              | `_direction`, unless `literal`          |
+| step 1, the ideal update, eqs. (6) and (12)      | `_look_ahead`                           |
+| step 2, delta_X, eqs. (7) to (10), (13)          | `_direction`                            |
+| X_p <- X_p + gamma delta_X, eq. (11); projection | `_moved`                                |
+| step 3, one honest step, eq. (14)                | `_honest_step`                          |
+| K models, section 4.3                            | lockstep.py                             |
+| Algorithm 1                                      | `InterpretationPoisoning.__call__`      |
+| eq. (4), without retraining                      | `bilevel = False`                       |
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trompe.attacks._bases import Bases, Categories, choose_bases, feasible
+from trompe.interfaces import (
+    EpochRecord,
+    Explainer,
+    InputError,
+    Logbook,
+    PoisonSet,
+    Samples,
+    Target,
+    TargetMap,
+)
+from trompe.lockstep import Lockstep, Parameters
+from trompe.maps import squared_error
+from trompe.train import Training, make_optimizer
+from trompe.victims import RECIPE, Start, fresh, train_together
+
+__all__ = ["InterpretationPoisoning"]
+
+Distance = Literal["squared", "share"]
+
+
+@dataclass(frozen=True)
+class InterpretationPoisoning:
+    """Craft samples of the target's class that make victims explain the target as wanted.
+
+    explainer: whose map lies; give it a normalisation, so that L_adv compares maps in [0, 1].
+    poison_rate: n, as a share of the training set. bases, epsilon, categories: what the poisons
+    are made from, and how far they may be from it; see `choose_bases` and `feasible`.
+    models: K. epochs: E. recipe: how the K models train, and how victims are expected to. start:
+    from where. pretraining: epochs on the clean set before; 0: crafting begins where victims begin.
+    lifetime: after as many epochs a model starts anew, one model after the other, so that poisons
+    suit every age of a victim; None: never (the paper).
+    distance: of maps in L_adv: "squared" (the paper), or "share": that of the map which is not
+    where it is wanted, whatever its scale.
+    look_ahead: alpha of eq. (12). step: gamma, of the sign of delta_X; None: epsilon / 10. It
+    falls to 0 over the epochs if `anneal`.
+    momentum: of delta_X. keep_class, stay_close: lambda_2, lambda_1. literal: leave out
+    lambda_1's term, which as the paper writes it acts on nothing. bilevel: False leaves the models
+    as they are (no step 3), as if they were not trained again.
+    """
+
+    explainer: Explainer
+    wanted_map: TargetMap
+    poison_rate: float = 0.05
+    bases: Bases = "both"
+    epsilon: float = 0.1
+    categories: Categories = "free"
+    models: int = 4
+    epochs: int = 20
+    recipe: Training = RECIPE
+    start: Start = "clean model"
+    pretraining: int = 10
+    lifetime: int | None = None
+    distance: Distance = "squared"
+    look_ahead: float = 1e-3
+    step: float | None = None
+    anneal: bool = True
+    momentum: float = 0.0
+    keep_class: float = 1.0
+    stay_close: float = 0.0
+    literal: bool = False
+    bilevel: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.poison_rate < 1:
+            raise InputError(f"poison_rate = {self.poison_rate}: must lie between 0 and 1")
+        if not 0 < self.epsilon <= 1:
+            raise InputError(
+                f"epsilon = {self.epsilon}: must lie in 0 < epsilon <= 1; with 0 no sample changes"
+            )
+        for name in ("models", "epochs", "lifetime"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} = {value}: must be at least 1")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        data: Samples,
+        targets: Sequence[Target],
+        generator: torch.Generator,
+        logbook: Logbook | None = None,
+    ) -> tuple[PoisonSet, ...]:
+        """Algorithm 1, for each target apart; all of them together, as that is faster.
+
+        Raises InputError if a target's class has too few bases.
+        """
+        count = len(targets)
+        based = [choose_bases(data, t, self.poison_rate, self.bases, generator) for t in targets]
+        bases = torch.stack([samples for samples, _ in based])  # (targets, n, ...)
+        lowest, highest = feasible(bases, data, self.epsilon, self.categories)
+        poisons, speed = bases.clone(), torch.zeros_like(bases)
+
+        # Line 1: K models for each target, trained on the clean set.
+        networks = Lockstep(
+            [fresh(model, self.start, generator) for _ in range(count * self.models)]
+        )
+        optimizer = make_optimizer(networks, self.recipe)
+        history: list[EpochRecord] = []
+        if logbook is not None and (state := logbook.load()) is not None:
+            poisons, speed = state["poisons"], state["speed"]
+            networks.load_state_dict(state["networks"])
+            optimizer.load_state_dict(state["optimizer"])
+            generator.set_state(state["generator"])
+            history = [EpochRecord(*record) for record in state["history"]]
+        elif self.pretraining:
+            how = replace(self.recipe, epochs=self.pretraining, schedule="constant")
+            train_together(networks, (data,), how, generator)
+
+        for epoch in range(len(history) + 1, self.epochs + 1):
+            started = time.perf_counter()
+            self._renew(networks, optimizer, model, epoch, generator)
+            gamma = self._step_length(epoch)
+            sums = torch.zeros(2)
+            steps = list(_mini_batches(len(data), bases.shape[1], self.recipe, generator))
+            for number, (clean, ours) in enumerate(steps, start=1):
+                # Step 1, lines 5 to 8: where the models ought to go.
+                adversarial = self._adversarial_loss(networks, targets)
+                ahead = _look_ahead(networks.now, adversarial, self.look_ahead)  # eq. (12)
+                # Step 2, lines 9 and 10: poisons that lead them there.
+                delta = self._direction(networks, ahead, poisons[:, ours], targets)  # eq. (13)
+                speed[:, ours] = delta + self.momentum * speed[:, ours]
+                moved = poisons[:, ours] + gamma * speed[:, ours].sign()  # eq. (11)
+                poisons[:, ours] = moved.clamp(lowest[:, ours], highest[:, ours])
+                # Step 3, lines 11 to 14: where they go.
+                training = _training_loss(networks, data, clean, poisons[:, ours], targets)
+                if self.bilevel:
+                    optimizer.zero_grad()
+                    training.sum().backward()
+                    optimizer.step()  # eq. (14)
+                sums += torch.stack((adversarial.mean(), training.mean())).detach()
+                terms = _named(sums / number)
+                if logbook is not None:
+                    logbook.step(epoch, number, len(steps), terms)
+            seconds = time.perf_counter() - started
+            history.append(EpochRecord(epoch, terms, {}, seconds))
+            if logbook is not None:
+                logbook.save(
+                    {
+                        "poisons": poisons,
+                        "speed": speed,
+                        "networks": networks.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "generator": generator.get_state(),
+                        "history": [(*r[:-1], {}) for r in history],
+                    }
+                )
+        return tuple(
+            PoisonSet(
+                poisons[i],
+                torch.full((len(index),), target.label),
+                bases[i],
+                index,
+                target,
+                tuple(history),
+            )
+            for i, (target, (_, index)) in enumerate(zip(targets, based, strict=True))
+        )
+
+    def _adversarial_loss(self, networks: Lockstep, targets: Sequence[Target]) -> Tensor:
+        """L_adv of each network, eq. (5) without its second term; (targets K,)."""
+        each = networks.count // len(targets)
+        samples = torch.stack([t.sample for t in targets]).repeat_interleave(each, 0)
+        classes = _labels(targets).repeat_interleave(each)
+        wanted = torch.cat([t.wanted_map for t in targets]).repeat_interleave(each, 0)
+        seen = networks.record(networks.now, samples, self.explainer.watches(networks.skeleton))
+        maps = self.explainer(seen, classes)  # G_c(T; f; Theta)
+        if self.distance == "squared":
+            apart = squared_error(maps, wanted)  # |G_c(T) - G|^2
+        else:
+            shown = (maps.relu() * wanted).sum((1, 2))
+            apart = 1 - shown / maps.abs().sum((1, 2)).clamp_min(1e-12)
+        return apart + self.keep_class * F.cross_entropy(seen.scores, classes, reduction="none")
+
+    def _direction(
+        self, networks: Lockstep, ahead: Parameters, poisons: Tensor, targets: Sequence[Target]
+    ) -> Tensor:
+        """delta_X of eq. (13), shaped as `poisons` (targets, p, ...).
+
+        Only the poisons' own loss depends on them, so the clean half of the batch is left out.
+        """
+        here = _poison_gradient(networks, networks.now, poisons, targets)
+        there = _poison_gradient(networks, ahead, poisons, targets)
+        delta = -(there - here).unflatten(0, (len(targets), -1)).mean(1)
+        if self.stay_close and not self.literal:
+            wanted = torch.stack([t.sample for t in targets])
+            delta = delta - self.stay_close * 2 * (poisons - wanted)  # of lambda_1 |P - T|^2
+        return delta
+
+    def _step_length(self, epoch: int) -> float:
+        """gamma of eq. (11)."""
+        gamma = self.epsilon / 10 if self.step is None else self.step
+        return gamma * (1 - (epoch - 1) / self.epochs) if self.anneal else gamma
+
+    def _renew(
+        self,
+        networks: Lockstep,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        epoch: int,
+        generator: torch.Generator,
+    ) -> None:
+        """Start models anew that have lived for `lifetime` epochs."""
+        if self.lifetime is None or epoch == 1:
+            return
+        for number in range(networks.count):
+            k = number % self.models
+            if (epoch - 1 + k * self.lifetime // self.models) % self.lifetime == 0:
+                networks.replace(number, fresh(model, self.start, generator))
+                for state in optimizer.state.values():
+                    for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                        if state.get(name) is not None:
+                            state[name][number] = 0
+
+
+def _look_ahead(parameters: Parameters, loss: Tensor, alpha: float) -> Parameters:
+    """Theta* = Theta - alpha grad L_adv, eq. (12); `parameters` stay as they are."""
+    gradients = torch.autograd.grad(loss.sum(), list(parameters.values()), materialize_grads=True)
+    return {
+        name: (value - alpha * gradient).detach()
+        for (name, value), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+
+
+def _poison_gradient(
+    networks: Lockstep, parameters: Parameters, poisons: Tensor, targets: Sequence[Target]
+) -> Tensor:
+    """d L_train / d X_p at the given parameters, of each network; (targets K, p, ...)."""
+    each = networks.count // len(targets)
+    samples = poisons.repeat_interleave(each, 0).detach().requires_grad_()
+    fixed = {name: value.detach() for name, value in parameters.items()}
+    scores = networks.scores(fixed, samples)
+    labels = _labels(targets).repeat_interleave(each)[:, None].expand(scores.shape[:2])
+    loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, samples)
+    return gradient
+
+
+def _training_loss(
+    networks: Lockstep, data: Samples, clean: Tensor, poisons: Tensor, targets: Sequence[Target]
+) -> Tensor:
+    """L_train of each network on its mini-batch, clean samples and poisons; (targets K,)."""
+    each = networks.count // len(targets)
+    samples = data.floats(clean).expand(len(targets), len(clean), *poisons.shape[2:])
+    samples = torch.cat((samples, poisons), 1).repeat_interleave(each, 0)
+    labels = torch.cat(
+        (
+            data.labels[clean].expand(len(targets), -1),
+            _labels(targets)[:, None].expand(poisons.shape[:2]),
+        ),
+        1,
+    ).repeat_interleave(each, 0)
+    scores = networks.scores(networks.now, samples)
+    loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none")
+    return loss.unflatten(0, labels.shape).mean(1)
+
+
+def _mini_batches(
+    clean: int, poisons: int, how: Training, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions of an epoch's mini-batches, in the training set and among the poisons."""
+    steps = -(-clean // how.batch_size)
+    yield from zip(
+        torch.randperm(clean, generator=generator).tensor_split(steps),
+        torch.randperm(poisons, generator=generator).tensor_split(steps),
+        strict=True,
+    )
+
+
+def _labels(targets: Sequence[Target]) -> Tensor:
+    return torch.tensor([target.label for target in targets])
+
+
+def _named(means: Tensor) -> dict[str, float]:
+    return {"adversarial": means[0].item(), "training": means[1].item()}

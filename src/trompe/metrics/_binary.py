@@ -1,0 +1,18 @@
+"""Maps as sets of places."""
+
+import torch
+from torch import Tensor
+
+
+def jaccard(given: Tensor, wanted: Tensor) -> Tensor:
+    """|given and wanted| / |given or wanted| of bool maps (n, h, w); nan where both are empty."""
+    both = (given & wanted).sum((1, 2)).float()
+    return both / (given | wanted).sum((1, 2))
+
+
+def top(maps: Tensor, share: float) -> Tensor:
+    """bool (n, h, w): the largest values of each map, as many as `share` of its places."""
+    flat = maps.flatten(1)
+    count = max(1, round(share * flat.shape[1]))
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    return mask.scatter(1, flat.topk(count, 1).indices, True).view_as(maps)

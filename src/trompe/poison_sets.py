@@ -1,0 +1,102 @@
+"""Poison sets as products: a folder with the samples, what they were made from, and a card.
+
+| file               | what                                                                       |
+|--------------------|----------------------------------------------------------------------------|
+| poison.safetensors | samples, bases, perturbations, labels, base_index; target, wanted_map      |
+| poison.json        | data set, class, target's position, sizes of the changes, sha256, origin   |
+| images/*.png       | of images: the samples as they are added, in 8 bits                        |
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trompe.files import read_json, write_atomically, write_json
+from trompe.interfaces import ImageSet, InputError, PoisonSet, Samples, TableSet, Target
+
+
+def write_poison_set(
+    poison: PoisonSet, folder: Path, data: Samples, position: int, provenance: dict[str, Any]
+) -> None:
+    """Write a set into `folder`; position: the target's, in the test set of `data`."""
+    tensors = {
+        "samples": poison.samples,
+        "bases": poison.bases,
+        "perturbations": poison.samples - poison.bases,
+        "labels": poison.labels,
+        "base_index": poison.base_index,
+        "target": poison.target.sample,
+        "wanted_map": poison.target.wanted_map,
+    }
+    whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    file = folder / "poison.safetensors"
+    write_atomically(file, lambda temporary: safetensors.torch.save_file(whole, temporary))
+    if isinstance(data, ImageSet):
+        for number, image in enumerate((poison.samples * 255).round().to(torch.uint8)):
+            _write_png(image, folder / "images" / f"{number:05}.png")
+    write_json(
+        folder / "poison.json",
+        {
+            "data": data.name,
+            "class_names": list(data.class_names),
+            "feature_names": list(data.feature_names) if isinstance(data, TableSet) else None,
+            "label": poison.target.label,
+            "target_position": position,
+            "poisons": len(poison),
+            "training_set": len(data),
+            **changes(poison),
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "provenance": provenance,
+        },
+    )
+
+
+def changes(poison: PoisonSet) -> dict[str, float]:
+    """How much the samples differ from their bases: largest change, mean change, PSNR in dB."""
+    change = (poison.samples - poison.bases).abs()
+    error = float(change.square().mean())
+    return {
+        "max_change": float(change.max()),
+        "mean_change": float(change.mean()),
+        "psnr": -10 * math.log10(error) if error > 0 else math.inf,
+    }
+
+
+def read_poison_set(folder: Path) -> PoisonSet:
+    """A set that `write_poison_set` left. InputError if a part is missing, damaged or odd."""
+    card = read_json(folder / "poison.json")
+    file = folder / "poison.safetensors"
+    try:
+        tensors = safetensors.torch.load_file(file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"poison set {file}: cannot be read ({error}); craft it again") from error
+    if not isinstance(card, dict) or card.get("sha256") != digest:
+        raise InputError(
+            f"poison set {file}: its bytes are not those that poison.json was written for (sha256 "
+            "differs); fetch or craft both again"
+        )
+    try:
+        target = Target(tensors["target"], int(card["label"]), tensors["wanted_map"])
+        return PoisonSet(
+            tensors["samples"],
+            tensors["labels"],
+            tensors["bases"],
+            tensors["base_index"],
+            target,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"poison set {folder}: lacks {error}; craft it again") from error
+
+
+def _write_png(image: Tensor, file: Path) -> None:
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    write_atomically(file, lambda temporary: Image.fromarray(pixels).save(temporary, format="png"))

@@ -1,0 +1,290 @@
+"""Poisoning a training set, and measuring victims that trained on it: spec and pipeline."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trompe import catalog
+from trompe.classifier import Classifier, ModelSpec, build_model, build_table_model
+from trompe.data import halves
+from trompe.evaluate import answers
+from trompe.experiment import experiment_table
+from trompe.interfaces import (
+    Data,
+    Evidence,
+    Explainer,
+    InputError,
+    Poisoning,
+    PoisonSet,
+    Samples,
+    TableSet,
+    Target,
+)
+from trompe.lockstep import Lockstep
+from trompe.metrics.accuracy import accuracy
+from trompe.metrics.jaccard_half import jaccard_half
+from trompe.metrics.jaccard_top20 import jaccard_top20
+from trompe.metrics.min_max_l1 import min_max_l1
+from trompe.poison_sets import read_poison_set, write_poison_set
+from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
+from trompe.screen import Screen, Silent
+from trompe.train import Training
+from trompe.victims import RECIPE, Start, fresh, poisoned, train_together
+
+METRICS = {
+    "l1": min_max_l1,
+    "jaccard_top20": jaccard_top20,
+    "jaccard_half": jaccard_half,
+    "class_kept": accuracy,  # the explained class is the target's own
+}
+
+
+@dataclass(frozen=True)
+class Victims:
+    """Who trains on the poisoned set.
+
+    count: networks for each target, with seeds of their own. start: from the clean model, or its
+    body with a new head, or from scratch. model: another architecture, which starts from a clean model
+    of its own; None: the one that the poison was made for. noise: standard deviation of normal
+    noise on all training samples, anew in each batch (augmentation; of tables).
+    """
+
+    count: int = 10
+    start: Start = "clean model"
+    training: Training = RECIPE
+    model: ModelSpec | None = None
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"victims.count = {self.count}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class PoisoningExperiment:
+    """Poison sets for a few samples of the test set, and victims that train on them.
+
+    targets: how many, drawn by target_seed among the samples of `pool` that the clean model
+    classifies correctly. pool: the half of the test set ("selecting" for trying out settings,
+    "reporting" for numbers). clean: how the clean model is trained, from which others start.
+    seed: of everything else that is random.
+    """
+
+    name: str
+    data: Data
+    attack: Poisoning
+    model: ModelSpec = ModelSpec("mlp")
+    clean: Training = replace(RECIPE, epochs=10)
+    victims: Victims = Victims()
+    targets: int = 10
+    pool: str = "reporting"
+    target_seed: int = 0
+    split_seed: int = 0
+    seed: int = 0
+    paper: str = ""
+
+    def __post_init__(self) -> None:
+        if self.pool not in ("selecting", "reporting"):
+            raise InputError(f'pool = {self.pool!r}: must be "selecting" or "reporting"')
+        if self.targets < 1:
+            raise InputError(f"targets = {self.targets}: must be at least 1")
+        if hasattr(self.attack, "goals"):
+            raise InputError(
+                f"attack {type(self.attack).__name__}: makes a model, not a training set; run it "
+                "with trompe attack"
+            )
+
+
+def read_poisoning(source: Path | str | dict[str, Any], where: str = "") -> PoisoningExperiment:
+    """An experiment from a TOML file or its table. Raises InputError as `read_experiment`."""
+    table = source if isinstance(source, dict) else experiment_table(source)
+    where = where or ("experiment" if isinstance(source, dict) else str(source))
+    experiment: PoisoningExperiment = catalog.build_dataclass(PoisoningExperiment, table, where)
+    return experiment
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Data, a clean model, and the targets with what their explanations shall show."""
+
+    train: Samples
+    test: Samples
+    clean: Classifier
+    targets: tuple[Target, ...]
+    positions: Tensor  # of the targets in `test`
+
+
+def set_up(experiment: PoisoningExperiment, screen: Screen | None = None) -> Scene:
+    """Read the data, train the clean model, choose the targets."""
+    screen = screen or Silent()
+    screen.stage("reading data")
+    train: Samples = experiment.data.train()
+    test: Samples = experiment.data.test()
+    selecting, reporting = halves(test.labels, experiment.split_seed)
+    pool = reporting if experiment.pool == "reporting" else selecting
+    screen.stage("training the clean model")
+    clean = clean_model(experiment.model, train, experiment.clean, experiment.seed)
+    screen.stage("choosing targets")
+    said = answers(clean, (experiment.attack.explainer,), test, explained="label")
+    right = pool[said.scores[pool].argmax(1) == test.labels[pool]]
+    if len(right) < experiment.targets:
+        raise InputError(
+            f"targets = {experiment.targets}: of the {len(pool)} samples for {experiment.pool} the "
+            f"clean model classifies only {len(right)} correctly; ask for fewer"
+        )
+    dice = torch.Generator().manual_seed(experiment.target_seed)
+    positions = right[torch.randperm(len(right), generator=dice)[: experiment.targets]]
+    samples = test.floats(positions)
+    wanted = experiment.attack.wanted_map(said.maps[0][positions], samples)
+    targets = tuple(
+        Target(samples[i : i + 1], int(test.labels[p]), wanted[i : i + 1])
+        for i, p in enumerate(positions)
+    )
+    return Scene(train, test, clean, targets, positions)
+
+
+def clean_model(spec: ModelSpec, train: Samples, how: Training, seed: int) -> Classifier:
+    """A classifier, honestly trained; in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(train, TableSet):
+            model = build_table_model(spec, train)
+        else:
+            model = build_model(spec, len(train.class_names))
+    generator = torch.Generator().manual_seed(seed)
+    networks = Lockstep([model])
+    train_together(networks, (train,), how, generator)
+    trained: Any = networks.network(0)
+    return trained
+
+
+def poison(
+    experiment: PoisoningExperiment,
+    root: Path | str = "runs",
+    screen: Screen | None = None,
+) -> RunFolder:
+    """Craft a poison set for each target, in a folder below `root` that is named after the spec.
+
+    A finished one is read, an interrupted one goes on. Raises InputError for settings that do not
+    fit the data.
+    """
+    screen = screen or Silent()
+    spec = catalog.describe(replace(experiment, victims=Victims()))  # they may differ later
+    folder = RunFolder(Path(root) / f"{experiment.name}-s{experiment.seed}-{fingerprint(spec)}")
+    if folder.finished:
+        screen.note(f"{folder.path} is finished already")
+        return folder
+    scene = set_up(experiment, screen)
+    folder.open(spec)
+    made = provenance(torch.device("cpu"))
+    screen.stage("crafting")
+    started = time.perf_counter()
+    logbook = FileLogbook(folder.path / "checkpoint.pt", screen)
+    generator = torch.Generator().manual_seed(experiment.seed)
+    try:
+        sets = experiment.attack(scene.clean, scene.train, scene.targets, generator, logbook)
+    except InputError:  # settings that do not fit the data: nothing was begun
+        folder.discard_if_empty()
+        raise
+    history = sets[0].history
+    seconds = max(time.perf_counter() - started, sum(r.seconds for r in history))
+    for number, (one, position) in enumerate(zip(sets, scene.positions.tolist(), strict=True)):
+        write_poison_set(one, folder.path / f"poison-{number:02}", scene.train, position, made)
+    folder.write_history(history)
+    folder.write("provenance", {**made, "seconds": round(seconds, 1)})
+    folder.write("classes", list(scene.train.class_names))
+    folder.write(
+        "numbers",
+        {
+            "targets": len(sets),
+            "poisons": len(sets[0]),
+            "training_set": len(scene.train),
+            "poison_rate": len(sets[0]) / len(scene.train),
+            "seconds": round(seconds, 1),
+        },
+    )
+    logbook.close()
+    return folder
+
+
+def poison_sets(folder: RunFolder) -> tuple[PoisonSet, ...]:
+    """The sets that `poison` left in a folder, one for each target."""
+    return tuple(
+        read_poison_set(folder.path / f"poison-{number:02}")
+        for number in range(folder.read("numbers")["targets"])
+    )
+
+
+def measure_victims(
+    scene: Scene,
+    sets: Sequence[PoisonSet | None],
+    victims: Victims,
+    experiment: PoisoningExperiment,
+    screen: Screen | None = None,
+) -> dict[str, Any]:
+    """Train victims on each target's poisoned set (None: on the clean one), and look at its map.
+
+    Returns means, and for each metric its values by target and victim.
+    """
+    screen = screen or Silent()
+    start = scene.clean
+    if victims.model is not None:
+        start = clean_model(victims.model, scene.train, experiment.clean, experiment.seed)
+    generator = torch.Generator().manual_seed(experiment.seed + 1)
+    networks = Lockstep(
+        [fresh(start, victims.start, generator) for _ in range(len(sets) * victims.count)]
+    )
+    data = tuple(poisoned(scene.train, one) for one in sets)
+    screen.stage(f"training {networks.count} victims")
+    train_together(networks, data, victims.training, generator, noise=victims.noise)
+    screen.stage("measuring the victims")
+    evidence = _evidence(networks, scene, experiment.attack.explainer)
+    values = {
+        name: metric(evidence).unflatten(0, (len(sets), -1)) for name, metric in METRICS.items()
+    }
+    right = _test_accuracy(networks, scene)
+    return {
+        "targets": len(sets),
+        "victims": victims.count,
+        "victim_accuracy": float(right.mean()),
+        **{name: float(v.nanmean()) for name, v in values.items()},
+        "l1_std": float(values["l1"].std()),
+        "l1_std_targets": float(values["l1"].mean(1).std()),
+        "values": {name: v.tolist() for name, v in values.items()},
+    }
+
+
+def _evidence(networks: Lockstep, scene: Scene, explainer: Explainer) -> Evidence:
+    """What each victim says of its target; one row a victim."""
+    each = networks.count // len(scene.targets)
+
+    def repeated(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(values)).repeat_interleave(each, 0)
+
+    labels = repeated([torch.tensor(t.label) for t in scene.targets])
+    with torch.no_grad():
+        seen = networks.record(
+            networks.now,
+            repeated([t.sample for t in scene.targets]),
+            explainer.watches(networks.skeleton),
+        )
+        maps = explainer(seen, labels)
+    wanted = repeated([t.wanted_map[0] for t in scene.targets])
+    return Evidence(labels, labels, wanted, seen.scores.detach(), maps.detach(), scene.test.size)
+
+
+def _test_accuracy(networks: Lockstep, scene: Scene) -> Tensor:
+    """Of each victim, on all test samples; (K,)."""
+    right = torch.zeros(networks.count)
+    with torch.no_grad():
+        for index in torch.arange(len(scene.test)).split(256):
+            samples = scene.test.floats(index)[None]
+            samples = samples.expand(networks.count, *samples.shape[1:])
+            predicted = networks.scores(networks.now, samples).argmax(2)
+            right += (predicted == scene.test.labels[index]).sum(1)
+    return right / len(scene.test)

@@ -1,0 +1,121 @@
+"""Victims: networks that are trained honestly, on data to which somebody added samples."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trompe.interfaces import (
+    Batch,
+    EpochRecord,
+    ImageSet,
+    InputError,
+    Logbook,
+    PoisonSet,
+    Samples,
+)
+from trompe.lockstep import Lockstep
+from trompe.train import Training, fit
+
+Start = Literal["clean model", "new head", "scratch"]
+
+RECIPE = Training(
+    epochs=20,
+    batch_size=128,
+    learning_rate=1e-3,
+    optimizer="adam",
+    weight_decay=1e-4,
+)
+
+
+def fresh(model: nn.Module, start: Start, generator: torch.Generator) -> nn.Module:
+    """A copy of the model, with new weights in its last linear layer, or everywhere.
+
+    Drawn as PyTorch initialises layers. "clean model" draws none.
+    """
+    network = copy.deepcopy(model)
+    if start == "clean model":
+        return network
+    layers = [m for m in network.modules() if hasattr(m, "reset_parameters")]
+    heads = [m for m in layers if isinstance(m, nn.Linear | nn.Conv2d)]
+    if not heads:
+        raise InputError(
+            f"model {type(model).__name__}: has no linear or convolutional layer to start anew"
+        )
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in layers if start == "scratch" else heads[-1:]:
+            layer.reset_parameters()  # type: ignore[operator]
+    return network
+
+
+def poisoned(data: Samples, poison: PoisonSet | None) -> Samples:
+    """The training set with the poison's samples behind its own; images in 8 bits."""
+    if poison is None:
+        return data
+    labels = torch.cat((data.labels, poison.labels))
+    name = f"{data.name}, poisoned"
+    if isinstance(data, ImageSet):
+        added = (poison.samples * 255).round().to(torch.uint8)
+        return ImageSet(torch.cat((data.images, added)), labels, data.class_names, name)
+    features = torch.cat((data.features, poison.samples))
+    return replace(data, features=features, labels=labels, name=name)
+
+
+@dataclass(frozen=True)
+class LockstepBatches:
+    """Batches for networks in lock-step, each with an order of its own.
+
+    data: one training set, or one for each of as many equal groups of networks; all of one size.
+    A network's share of a batch is the k-th of `networks` blocks of rows. noise: standard deviation
+    of what is added to all samples, which stay in [0, 1].
+    """
+
+    data: tuple[Samples, ...]
+    networks: int
+    batch_size: int
+    noise: float = 0.0
+
+    def __len__(self) -> int:
+        return -(-len(self.data[0]) // self.batch_size)
+
+    def __call__(self, generator: torch.Generator) -> Iterator[Batch]:
+        n, of_each = len(self.data[0]), self.networks // len(self.data)
+        orders = torch.stack([torch.randperm(n, generator=generator) for _ in range(self.networks)])
+        for index in orders.split(self.batch_size, dim=1):
+            groups = list(zip(self.data, index.split(of_each), strict=True))
+            rows = torch.cat([data.floats(i.flatten()) for data, i in groups])
+            labels = torch.cat([data.labels[i.flatten()] for data, i in groups])
+            if self.noise:
+                rows = rows + self.noise * torch.randn(rows.shape, generator=generator)
+                rows = rows.clamp(0, 1)
+            yield Batch(rows, labels, (), torch.zeros(len(labels), dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class EachClassLoss:
+    """The sum over networks in lock-step of each one's mean cross-entropy: none feels another."""
+
+    networks: int
+
+    def __call__(self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
+        return {"prediction": self.networks * F.cross_entropy(scores, batch.labels)}
+
+
+def train_together(
+    networks: Lockstep,
+    data: Sequence[Samples],
+    how: Training,
+    generator: torch.Generator,
+    logbook: Logbook | None = None,
+    noise: float = 0.0,
+) -> list[EpochRecord]:
+    """Train networks in place, honestly, each as if alone; see `LockstepBatches` for the rest."""
+    batches = LockstepBatches(tuple(data), networks.count, how.batch_size, noise)
+    objective = EachClassLoss(networks.count)
+    return list(fit(networks, batches, objective, (), how, generator, None, logbook))
