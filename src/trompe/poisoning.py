@@ -49,9 +49,9 @@ class Victims:
     """Who trains on the poisoned set.
 
     count: networks for each target, with seeds of their own. start: from the clean model, or its
-    body with a new head, or from scratch. model: another architecture, which starts from a clean model
-    of its own; None: the one that the poison was made for. noise: standard deviation of normal
-    noise on all training samples, anew in each batch (augmentation; of tables).
+    body with a new head, or from scratch. model: another architecture, which starts from a clean
+    model of its own; None: the one that the poison was made for. noise: standard deviation of
+    normal noise on all training samples, anew in each batch (augmentation; of tables).
     """
 
     count: int = 10
