@@ -160,14 +160,7 @@ def audit(
         if technique not in techniques:
             continue
         layer = LAYER.get(scene.name)
-        attack: Any
-        if technique.startswith("T5"):
-            target = Flat() if technique == "T5 flat" else Border(1)
-            attack = ChannelHijack(target, layer)
-        else:
-            attack = GradCamSurgery(
-                technique, layer, constants, wiring, precision, stickers=scene.stickers
-            )
+        attack = attack_of(technique, scene, constants, wiring, precision)
         what = (technique, constants, wiring or ("head" if constants == "paper" else "apart"))
         try:
             edited: Any = attack(start, scene.looked_at, torch.Generator()).model
@@ -192,6 +185,20 @@ def audit(
                 }
             )
         yield rows
+
+
+def attack_of(
+    technique: str,
+    scene: Scene,
+    constants: Any = "automatic",
+    wiring: Any = None,
+    precision: Any = "float32",
+) -> Any:
+    """T1 to T4, or T5 with one of its two targets."""
+    layer = LAYER.get(scene.name)
+    if technique.startswith("T5"):
+        return ChannelHijack(Flat() if technique == "T5 flat" else Border(1), layer)
+    return GradCamSurgery(technique, layer, constants, wiring, precision, stickers=scene.stickers)
 
 
 def convert(model: Classifier, dtype: torch.dtype) -> Classifier:
@@ -500,8 +507,8 @@ def detection_markdown(rows: list[dict[str, Any]]) -> str:
 # --- transfer -------------------------------------------------------------------------------------
 
 
-def transfer(scene: Scene, count: int) -> list[dict[str, Any]]:
-    """What every explainer shows of a network edited against Grad-CAM.
+def transfer(scene: Scene, count: int, techniques: list[str]) -> list[dict[str, Any]]:
+    """What every explainer shows of a network edited against Grad-CAM; edits that do not fit: none.
 
     moved: L1 (mean over positions) between its maps of the original and of the edited network;
     lied: the same to the lie, at Grad-CAM's resolution; closer: share of images whose map lies
@@ -510,10 +517,12 @@ def transfer(scene: Scene, count: int) -> list[dict[str, Any]]:
     data = scene.data.subset(torch.arange(len(scene.data))[:: max(1, len(scene.data) // count)])
     data = data.subset(torch.arange(min(count, len(data))))
     rows = []
-    for technique in ("T1", "T2", "T3", "T4"):
-        layer = LAYER.get(scene.name)
-        attack = GradCamSurgery(technique, layer, stickers=scene.stickers)
-        edited: Any = attack(scene.model, scene.looked_at, torch.Generator()).model
+    for technique in techniques:
+        attack = attack_of(technique, scene)
+        try:
+            edited: Any = attack(scene.model, scene.looked_at, torch.Generator()).model
+        except InputError:
+            continue
         trigger = scene.stickers if technique == "T4" else None
         cam = attack.explainers[0]
         (true,) = answers(scene.model, (cam,), data, trigger, batch_size=16).maps
@@ -569,7 +578,7 @@ def transfer_markdown(rows: list[dict[str, Any]]) -> str:
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for r in rows:
         groups.setdefault(f"{r['model']}, {r['technique']}", {})[r["observed"]] = r
-    for key, group in groups.items():
+    for key, group in sorted(groups.items()):
         cells = [f"{group[n]['moved']:.3f} ({100 * group[n]['closer']:.0f} %)" for n in names]
         lines.append(f"| {key} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -600,7 +609,7 @@ def main() -> None:
                 write(RESULTS / "detections.md", detection_markdown(every))
             if chosen.transfer:
                 bars.stage(f"{name}: other explainers")
-                rows = transfer(scene, chosen.images or 200)
+                rows = transfer(scene, chosen.images or 200, chosen.techniques)
                 every = unite_rows(
                     RESULTS / "transfer.json", rows, ("technique", "model", "observed", "seed")
                 )
