@@ -1,0 +1,301 @@
+"""Table 2 of Zhang, Gao & Su 2021 (tables of patients), and what of the attack survives at victims.
+
+    python experiments/zhang2021/tables.py [--data-sets support2 nhanes1] [--interpreters grad cam]
+        [--parts main victims budget ensemble] [--data data] [--root runs]
+
+main: un-attacked, WM, IMF, and IMF without retraining (eq. 4). victims: those who start otherwise,
+have another network, or see noisy samples. budget: 1, 2 and 5 % of poisons. ensemble: K = 1, 8.
+Poison sets are kept in --root and not made twice. Rows are kept one by one; those there are stay.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from trompe.catalog import describe
+from trompe.classifier import ModelSpec
+from trompe.experiment import experiment_table
+from trompe.files import put_between, read_json, unite_rows, write_atomically
+from trompe.interfaces import PoisonSet
+from trompe.machine import choose_threads
+from trompe.poisoning import (
+    PoisoningExperiment,
+    Scene,
+    Victims,
+    measure_victims,
+    poison,
+    poison_sets,
+    read_poisoning,
+    set_up,
+)
+from trompe.runs import provenance
+from trompe.screen import progress_bars
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+RESULTS = ROOT / "results" / "zhang2021"
+DATA = ("support2", "nhanes1")
+INTERPRETERS: dict[str, dict[str, Any]] = {
+    "grad": {},  # as in the TOML files
+    "cam": {
+        "explainer": {"kind": "cam", "normalise": "max"},
+        # A hidden unit that is off for the target shows 0, whatever its weights.
+        "wanted_map": {"kind": "scattered", "share": 0.2, "shown": True},
+        "bases": "both",
+    },
+}
+PARTS = ("main", "victims", "budget", "ensemble")
+PAPER = {  # Table 2: L1, Jaccard, on the fracture data
+    ("grad", "wm"): (0.87, 0.03),
+    ("grad", "imf"): (0.65, 0.08),
+    ("cam", "wm"): (0.79, 0.17),
+    ("cam", "imf"): (0.50, 0.40),
+}
+SUCCEEDED = 0.8  # a target counts whose mean L1 is at most this share of its un-attacked mean
+KEYS = ("data", "interpreter", "attack", "poison_rate", "models", "start", "network", "noise")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row: who attacks with what, and who trains on it."""
+
+    attack: str  # none, wm, imf, eq4
+    settings: dict[str, Any]  # of the attack, where not the TOML file's
+    victims: Victims
+
+
+def cells(part: str, usual: Victims, interpreter: str) -> Iterator[Cell]:
+    if part == "main":
+        for attack, settings in (
+            ("none", {}),
+            ("wm", {}),
+            ("imf", {}),
+            ("eq4", {"bilevel": False}),
+        ):
+            yield Cell(attack, settings, usual)
+    if part == "victims":
+        others = [
+            replace(usual, start="new head"),
+            replace(usual, start="scratch"),
+            replace(usual, noise=0.05),
+        ]
+        if interpreter == "grad":  # another network has other hidden units, and so another CAM
+            others.append(replace(usual, model=ModelSpec("deep_mlp")))
+        for victims in others:
+            for attack in ("none", "wm", "imf"):
+                yield Cell(attack, {}, victims)
+    if part == "budget":
+        for rate in (0.01, 0.02, 0.05):
+            for attack in ("wm", "imf"):
+                yield Cell(attack, {"poison_rate": rate}, usual)
+    if part == "ensemble":
+        for models in (1, 8):
+            yield Cell("imf", {"models": models}, usual)
+
+
+def experiment_of(data: str, interpreter: str, cell: Cell, folder: Path) -> PoisoningExperiment:
+    table = experiment_table(HERE / f"{data}.toml")
+    table["data"]["file"] = str(folder / Path(table["data"]["file"]).name)
+    attack = {**table["attack"], **INTERPRETERS[interpreter], **cell.settings}
+    if cell.attack == "wm":
+        kept = ("explainer", "wanted_map", "poison_rate")
+        attack = {"kind": "watermark_poisoning", **{name: attack[name] for name in kept}}
+    name = f"{table['name']}-{interpreter}-{cell.attack}"
+    return read_poisoning({**table, "name": name, "attack": attack}, name)
+
+
+def women_of_nhanes(folder: Path) -> None:
+    """folder/nhanes1.npz -> folder/nhanes1_women.csv: 18 features and who died in the follow-up."""
+    file = folder / "nhanes1_women.csv"
+    if file.exists():
+        return
+    held = np.load(folder / "nhanes1.npz")
+    frame = pd.DataFrame(held["X"], columns=held["feature_names"])
+    frame["died"] = np.where(held["y_signed_years"] > 0, "yes", "no")  # < 0: years to censoring
+    women = frame[frame["Sex"] == 2].drop(columns="Sex")
+    write_atomically(file, lambda temporary: women.to_csv(temporary, index=False))
+
+
+def row(
+    data: str,
+    interpreter: str,
+    cell: Cell,
+    experiment: PoisoningExperiment,
+    measured: dict[str, Any],
+    unattacked: dict[str, Any],
+) -> dict[str, Any]:
+    own, usual = (
+        [statistics.mean(of_target) for of_target in m["values"]["l1"]]
+        for m in (measured, unattacked)
+    )
+    attack: Any = experiment.attack
+    none = cell.attack == "none"
+    return {
+        "data": data,
+        "interpreter": interpreter,
+        "attack": cell.attack,
+        "poison_rate": 0.0 if none else attack.poison_rate,
+        "models": getattr(attack, "models", None) if not none else None,
+        "start": cell.victims.start,
+        "network": cell.victims.model.name if cell.victims.model else experiment.model.name,
+        "noise": cell.victims.noise,
+        "targets": measured["targets"],
+        "victims": measured["victims"],
+        "l1_mean": measured["l1"],
+        "l1_std": measured["l1_std"],
+        "l1_std_targets": measured["l1_std_targets"],
+        "l1_unattacked": unattacked["l1"],
+        "jaccard_top20": measured["jaccard_top20"],
+        "jaccard_half": measured["jaccard_half"],
+        "jaccard_top20_unattacked": unattacked["jaccard_top20"],
+        "jaccard_half_unattacked": unattacked["jaccard_half"],
+        "class_kept": measured["class_kept"],
+        "victim_accuracy": measured["victim_accuracy"],
+        "clean_victim_accuracy": unattacked["victim_accuracy"],
+        "succeeded": sum(a <= SUCCEEDED * b for a, b in zip(own, usual, strict=True)) / len(own),
+        "seed": experiment.seed,
+        "settings": describe(replace(experiment, victims=cell.victims)),
+        "provenance": provenance(torch.device("cpu")),
+    }
+
+
+def known(cell: Cell, experiment: PoisoningExperiment) -> bool:
+    """Is the row there, of the same settings?"""
+    file = RESULTS / "table2.json"
+    rows = read_json(file)["rows"] if file.exists() else []
+    settings = describe(replace(experiment, victims=cell.victims))
+    return any(r["attack"] == cell.attack and r["settings"] == settings for r in rows)
+
+
+def record(rows: list[dict[str, Any]]) -> None:
+    file = RESULTS / "table2.json"
+    every = unite_rows(file, rows, KEYS)
+    _write(file.with_suffix(".md"), markdown(every))
+    readme = ROOT / "README.md"
+    if "zhang2021:begin" in readme.read_text("utf-8"):
+        _write(readme, put_between(readme.read_text("utf-8"), "zhang2021", readme_table(every)))
+
+
+def _write(file: Path, text: str) -> None:
+    write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# Zhang, Gao & Su 2021, Table 2: tables of patients",
+        "",
+        "L1 (less is nearer to the lie) and Jaccard (more is nearer) between victims' maps of the "
+        "target and the wanted map: mean over 10 targets and 10 victims each, L1 with its standard "
+        "deviation over both. In brackets the same victims, un-attacked. Succeeded: the share of "
+        f"targets whose mean L1 is at most {SUCCEEDED} of its un-attacked mean. Class kept: victims "
+        "that predict the target's class. Accuracy: victims', beside un-attacked ones', in %.",
+        "",
+        "| data, interpreter | attack | poisons | K | victims | L1 | of un-attacked | Jaccard, top "
+        "20 % | Jaccard, > .5 | succeeded | class kept | accuracy |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = ("none", "wm", "eq4", "imf")
+    for r in sorted(
+        rows,
+        key=lambda r: (
+            DATA.index(r["data"]),
+            list(INTERPRETERS).index(r["interpreter"]),
+            who(r) != "as trained for",
+            who(r),
+            -r["poison_rate"],
+            order.index(r["attack"]),
+            r["models"] or 0,
+        ),
+    ):
+        lines.append(
+            f"| {r['data']}, {r['interpreter'].upper()} | {r['attack']} "
+            f"| {100 * r['poison_rate']:.0f} % | {r['models'] or '—'} | {who(r)} "
+            f"| {r['l1_mean']:.3f} ± {r['l1_std']:.3f} ({r['l1_unattacked']:.3f}) "
+            f"| {r['l1_mean'] / r['l1_unattacked']:.2f} "
+            f"| {r['jaccard_top20']:.2f} ({r['jaccard_top20_unattacked']:.2f}) "
+            f"| {r['jaccard_half']:.2f} ({r['jaccard_half_unattacked']:.2f}) "
+            f"| {100 * r['succeeded']:.0f} % | {100 * r['class_kept']:.1f} % "
+            f"| {100 * r['victim_accuracy']:.2f} ({100 * r['clean_victim_accuracy']:.2f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def who(r: dict[str, Any]) -> str:
+    """The victims, if not as the poison was made for."""
+    if r["network"] != "mlp":
+        return f"another network ({r['network']})"
+    if r["noise"]:
+        return f"noise {r['noise']:g} on all samples"
+    return "as trained for" if r["start"] == "clean model" else f"from {r['start']}"
+
+
+def readme_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| data, interpreter | attack | L1 (paper) | un-attacked | Jaccard (paper) | un-attacked |",
+        "|---|---|---|---|---|---|",
+    ]
+    main = [r for r in rows if who(r) == "as trained for" and r["poison_rate"] == 0.1]
+    for r in main:
+        if r["attack"] in ("wm", "imf") and r["models"] in (None, 4):
+            l1, jaccard = PAPER[r["interpreter"], r["attack"]]
+            lines.append(
+                f"| {r['data']}, {r['interpreter'].upper()} | {r['attack'].upper()} "
+                f"| {r['l1_mean']:.2f} ({l1:.2f}) | {r['l1_unattacked']:.2f} "
+                f"| {r['jaccard_top20']:.2f} ({jaccard:.2f}) "
+                f"| {r['jaccard_top20_unattacked']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-sets", nargs="*", choices=DATA, default=list(DATA))
+    parser.add_argument("--interpreters", nargs="*", choices=INTERPRETERS, default=[*INTERPRETERS])
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--root", type=Path, default=Path("runs"))
+    chosen = parser.parse_args()
+    choose_threads()
+    with progress_bars() as bars:
+        for data in chosen.data_sets:
+            if data == "nhanes1":
+                women_of_nhanes(chosen.data)
+            for interpreter in chosen.interpreters:
+                run_all(data, interpreter, chosen, bars)
+
+
+def run_all(data: str, interpreter: str, chosen: argparse.Namespace, bars: Any) -> None:
+    first = experiment_of(data, interpreter, Cell("imf", {}, Victims()), chosen.data)
+    scene: Scene | None = None
+    clean: dict[Victims, dict[str, Any]] = {}
+    for part in chosen.parts:
+        for cell in cells(part, first.victims, interpreter):
+            experiment = experiment_of(data, interpreter, cell, chosen.data)
+            if known(cell, experiment):
+                continue
+            bars.stage(f"{experiment.name}: {part}")
+            scene = scene or set_up(first, bars)
+            if cell.victims not in clean:
+                none: list[PoisonSet | None] = [None] * len(scene.targets)
+                clean[cell.victims] = measure_victims(scene, none, cell.victims, first, bars)
+            measured = clean[cell.victims]
+            if cell.attack != "none":
+                sets = poison_sets(poison(experiment, chosen.root, bars))
+                measured = measure_victims(scene, sets, cell.victims, experiment, bars)
+            found = row(data, interpreter, cell, experiment, measured, clean[cell.victims])
+            record([found])
+            bars.note(
+                f"{data} {interpreter} {cell.attack} {who(found)}: L1 {found['l1_mean']:.3f} "
+                f"({found['l1_unattacked']:.3f})"
+            )
+
+
+if __name__ == "__main__":
+    main()
