@@ -178,6 +178,18 @@ def test_a_card_with_an_unknown_architecture_is_refused(saved: Path, name: str) 
         load_model(saved)
 
 
+@pytest.mark.parametrize("size", [10**9, 0, -3])
+def test_a_card_that_asks_for_an_impossible_picture_is_refused(saved: Path, size: int) -> None:
+    card = json.loads(saved.with_suffix(".json").read_text())
+    card["edit"] = {
+        **{"layer": "layer4", "scale": 1.0, "reaches": "sum", "gain": 1.0},
+        "shows": {"kind": "picture", "picture": [size, size]},
+    }
+    saved.with_suffix(".json").write_text(json.dumps(card))
+    with pytest.raises(InputError, match=rf"picture = \({size}, {size}\)"):
+        load_model(saved)
+
+
 def test_a_card_of_another_number_of_classes_is_refused(saved: Path) -> None:
     change_card(saved, class_names=["a", "b"])
     with pytest.raises(InputError, match=r"fc\.(weight|bias).*\(3.*\(2"):

@@ -18,6 +18,9 @@ from trompe.patterns import pattern, warped
 from trompe.probing import input_of, next_weights
 
 
+LARGEST = 1024  # pixels of a picture's edge, or templates
+
+
 @dataclass(frozen=True)
 class Shown:
     """Which module makes the added map, and the sizes of what the state dict holds of it.
@@ -30,6 +33,12 @@ class Shown:
     templates: tuple[int, int] = (1, 1)
     tolerant: bool = False
     threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("picture", "templates"):  # a stranger's card must not ask for all memory
+            given = getattr(self, name)
+            if not all(1 <= n <= LARGEST for n in given):
+                raise InputError(f"{name} = {given}: must lie between 1 and {LARGEST}")
 
     def module(self) -> nn.Module:
         """The module, to be filled from a file."""
