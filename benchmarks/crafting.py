@@ -193,8 +193,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "# One crafting iteration, as a multiple of K plain training steps",
         "",
         "Made by `python benchmarks/crafting.py`. Median over rounds, in brackets the range. "
-        "table: 69 columns, two layers of 64, mini-batches of 128 and 13 poisons. images: ResNet-20 at "
-        "32 x 32, mini-batches of 16 and 2 poisons.",
+        "table: 69 columns, two layers of 64, mini-batches of 128 and 13 poisons. images: "
+        "ResNet-20 at 32 x 32, mini-batches of 16 and 2 poisons.",
         "",
         "| case | K | contender | x K plain steps | K plain steps, ms |",
         "|---|---|---|---|---|",

@@ -17,7 +17,6 @@ from trompe.interfaces import InputError
 from trompe.patterns import pattern, warped
 from trompe.probing import input_of, next_weights
 
-
 LARGEST = 1024  # pixels of a picture's edge, or templates
 
 
