@@ -145,8 +145,16 @@ def _draw_features(figure: Figure, one: _Set, rows: int) -> None:
     poison, names = one.poison, one.card["feature_names"]
     change = poison.samples - poison.bases
     order = change.abs().mean(0).argsort(descending=True, stable=True)[:rows]
-    before, after = poison.bases.mean(0)[order], poison.samples.mean(0)[order]
-    signed, at = change.mean(0)[order], np.arange(rows)
+    before, after, signed, target = (
+        values[order].numpy()
+        for values in (
+            poison.bases.mean(0),
+            poison.samples.mean(0),
+            change.mean(0),
+            poison.target.sample[0],
+        )
+    )
+    at = np.arange(rows)
     wanted = one.wanted() if one.places() == names else torch.zeros(len(names), dtype=torch.bool)
     left, right = figure.subplots(1, 2, sharey=True)
     for axis in (left, right):
@@ -156,9 +164,7 @@ def _draw_features(figure: Figure, one: _Set, rows: int) -> None:
     left.hlines(at, before, after, color=INK, lw=1)
     left.plot(before, at, "o", color=_BLUE, markerfacecolor="white", label="base")
     left.plot(after, at, "o", color=_ORANGE, label="poison")
-    left.plot(
-        poison.target.sample[0][order], at, "|", color=INK, markersize=9, label="target", zorder=1
-    )
+    left.plot(target, at, "|", color=INK, markersize=9, label="target", zorder=1)
     left.set_yticks(at, [_short(names[i]) for i in order])
     left.set_ylim(rows - 0.5, -0.5)
     left.set_xlim(-0.02, 1.02)
@@ -256,7 +262,7 @@ def _draw_bars(
         for place in at[wanted[i][chosen].numpy()]:
             axis.axvspan(place - 0.5, place + 0.5, label="wanted", **_WANTED)
         for shift, (kind, look) in zip((-0.2, 0.2), looks.items(), strict=True):
-            axis.bar(at + shift, flat[kind][i][chosen], 0.4, **look)
+            axis.bar(at + shift, flat[kind][i][chosen].numpy(), 0.4, **look)
         axis.set_ylim(0, 1)
         axis.set_xlim(-0.6, len(chosen) - 0.4)
         l1 = f"L1 {means['unattacked'][i]:.3f} un-attacked, {means['poisoned'][i]:.3f} poisoned"
