@@ -442,6 +442,7 @@ def test_a_wrong_setting_of_a_poisoning_is_named(
         (["--start", "warm"], r"victims\.start = 'warm': .*'new head' or 'scratch'"),
         (["--count", 0], r"victims: count = 0: must be at least 1"),
         (["--set", "attack.epsilon=0.2"], r"--set attack: the poisons are made; only settings of"),
+        (["--set", "victims=3"], r"--set victims=3: must read victims\.KEY=VALUE"),
         (["--set", "victims.epochs=3"], r"victims\.epochs: unknown key"),
         (["--model", "mlpp"], r"mlpp.*did you mean 'mlp'"),
     ],

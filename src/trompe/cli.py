@@ -200,6 +200,8 @@ def victim(
             f"--set {min(other)}: the poisons are made; only settings of victims can change, for "
             "instance victims.noise=0.1"
         )
+    if not isinstance(table["victims"], dict):
+        raise InputError(f"--set victims={table['victims']}: must read victims.KEY=VALUE")
     usual = read_run(run_).victims
     if "model" in table["victims"]:  # not the usual one's weights
         usual = dataclasses.replace(usual, model=None)

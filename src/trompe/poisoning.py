@@ -2,15 +2,15 @@
 
 A run is a folder (see runs.py for those files that all runs have):
 
-| file                  | what                                                                       |
-|-----------------------|----------------------------------------------------------------------------|
-| spec.json             | the experiment, but for its victims                                        |
-| victims.json          | whom the experiment names as victims                                       |
-| clean.safetensors     | weights of the clean model that poisons and victims start from             |
-| poison-00, ...        | for each target, its samples (see poison_sets.py)                          |
-| numbers.json          | how many of them (written last: a run with it is finished)                 |
-| victims-<hash>.json   | what was measured of victims, on the clean and on the poisoned sets        |
-| victims-<hash>.safetensors | per target, the wanted map and the victims' mean maps                 |
+| file                       | what                                                                |
+|----------------------------|---------------------------------------------------------------------|
+| spec.json                  | the experiment, but for its victims                                 |
+| victims.json               | whom the experiment names as victims                                |
+| clean.safetensors          | weights of the clean model that poisons and victims start from      |
+| poison-00, ...             | for each target, its samples (see poison_sets.py)                   |
+| numbers.json               | how many of them (written last: a run with it is finished)          |
+| victims-<hash>.json        | what was measured of victims, on the clean and on the poisoned sets |
+| victims-<hash>.safetensors | per target, the wanted map and the victims' mean maps               |
 """
 
 import time
