@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from trompe.cli import main
 from trompe.runs import RunFolder
 
 TINY = """
@@ -284,3 +285,222 @@ def test_unknown_commands_and_files_are_one_sentence(tmp_path: Path) -> None:
     assert "atack" in one_sentence(call("atack", folder=tmp_path))
     assert "nothing.toml" in one_sentence(call("attack", "nothing.toml", folder=tmp_path))
     assert "no kind" not in one_sentence(call("list", "explainer", folder=tmp_path))
+
+
+POISON = """
+name = "small"
+targets = 2
+
+[data]
+kind = "breast_cancer"
+
+[clean]
+epochs = 2
+
+[attack]
+kind = "interpretation_poisoning"
+explainer = { kind = "input_gradient", gradient_of = "probability", normalise = "max" }
+wanted_map = { kind = "scattered" }
+models = 1
+epochs = 30
+pretraining = 0
+
+[victims]
+count = 2
+
+[victims.training]
+epochs = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a small poisoning ran to its end."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    (folder / "small.toml").write_text(POISON)
+    done = call("poison", "small.toml", folder=folder)
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert "26 poisons for 512 training samples" in words
+    for column in ("target", "class", "poisons", "max change", "mean change", "PSNR, dB"):
+        assert column in words
+    assert done.stdout.count("│ 26 ") == 2
+    assert f"poisons {poison_folder(folder).relative_to(folder)}" in done.stdout
+    return folder
+
+
+def poison_folder(folder: Path) -> Path:
+    (found,) = (folder / "runs").glob("small-s0-*")
+    return found
+
+
+def test_poison_leaves_sets_and_pictures(poisoned: Path) -> None:
+    run = poison_folder(poisoned)
+    for name in ("convergence.png", "poison-00/changes.png", "poison-01/changes.png"):
+        assert Image.open(run / name).width > 1000
+    assert json.loads((run / "victims.json").read_text())["count"] == 2
+
+
+def test_victim_measures_with_and_without_the_poison(poisoned: Path) -> None:
+    run = poison_folder(poisoned)
+    words = ["victim", run, "--count", 1, "--start", "new head", "--set", "victims.noise=0.01"]
+    done = call(*words, folder=poisoned)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    cells = {c[1].strip(): c for line in lines if (c := line.split("│")) and len(c) > 8}
+    (file,) = run.glob("victims-*.json")
+    numbers = json.loads(file.read_text())
+    for name, kind in (("un-attacked", "unattacked"), ("poisoned", "poisoned")):
+        assert cells[name][2].strip().startswith(f"{numbers[kind]['l1']:.4f} ±")
+    assert cells["un-attacked"][7].strip() == ""
+    assert cells["poisoned"][7].strip() == f"{numbers['succeeded']:.2f}"
+    assert "mean L1 at most 0.8 of the un-attacked" in " ".join(done.stdout.split())
+    spec = numbers["spec"]
+    assert (spec["count"], spec["start"], spec["noise"]) == (1, "new head", 0.01)
+    assert spec["training"]["epochs"] == 1  # as the experiment says
+    picture = run / f"{file.stem.replace('victims', 'maps')}.png"
+    assert Image.open(picture).width > 1000
+    assert str(picture) in done.stdout
+
+    before = file.stat().st_mtime_ns
+    again = call(*words, folder=poisoned)
+    assert "is there already" in again.stderr
+    assert again.stdout == done.stdout
+    assert file.stat().st_mtime_ns == before
+
+
+def test_a_killed_poisoning_goes_on_and_ends_in_the_same_bits(
+    poisoned: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small.toml").write_text(POISON)
+    process = subprocess.Popen(
+        command("poison", "small.toml"),
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("runs/small-s0-*/checkpoint.pt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    assert not (poison_folder(tmp_path) / "numbers.json").exists()
+    told = one_sentence(call("victim", poison_folder(tmp_path), folder=tmp_path))
+    assert "its poisons are not finished" in told
+
+    assert call("poison", "small.toml", folder=tmp_path).returncode == 0
+    for part in ("poison-00", "poison-01"):
+        whole = load_file(poison_folder(poisoned) / part / "poison.safetensors")
+        resumed = load_file(poison_folder(tmp_path) / part / "poison.safetensors")
+        assert all(whole[key].equal(resumed[key]) for key in whole)
+    assert not (poison_folder(tmp_path) / "checkpoint.pt").exists()
+
+
+def mistake(
+    words: list[object], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """What a user reads after a mistake, without a process of its own."""
+    monkeypatch.setattr(sys, "argv", ["trompe", *map(str, words)])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    return " ".join(told.split("error:", 1)[1].split())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("attack.epsilon=0", r"epsilon = 0.*: must lie in 0 < epsilon <= 1; with 0 no sample"),
+        ("attack.epsilom=1", r"attack\.epsilom: unknown key; did you mean 'epsilon'\?"),
+        ("attack={kind='gradcam_surgery'}", r"GradCamSurgery: makes a model, not a training set"),
+        ("victims.start=warm", r"victims\.start = 'warm': input should be 'clean model'"),
+        ("targets=5000", r"classifies only \d+ correctly; ask for fewer"),
+        ("attack.poison_rate=0.95", r"asks for 243 different samples of class 'malignant'"),
+    ],
+)
+def test_a_wrong_setting_of_a_poisoning_is_named(
+    tmp_path: Path,
+    change: str,
+    expected: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "small.toml").write_text(POISON)
+    monkeypatch.chdir(tmp_path)
+    told = mistake(["poison", "small.toml", "--set", change], capsys, monkeypatch)
+    assert re.search(expected, told), told
+    assert not list(tmp_path.glob("runs/small-*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--start", "warm"], r"victims\.start = 'warm': .*'new head' or 'scratch'"),
+        (["--count", 0], r"victims: count = 0: must be at least 1"),
+        (["--set", "attack.epsilon=0.2"], r"--set attack: the poisons are made; only settings of"),
+        (["--set", "victims=3"], r"--set victims=3: must read victims\.KEY=VALUE"),
+        (["--set", "victims.epochs=3"], r"victims\.epochs: unknown key"),
+        (["--model", "mlpp"], r"mlpp.*did you mean 'mlp'"),
+    ],
+)
+def test_a_wrong_setting_of_victims_is_named(
+    poisoned: Path,
+    words: list[object],
+    expected: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = set(poison_folder(poisoned).iterdir())
+    told = mistake(["victim", poison_folder(poisoned), *words], capsys, monkeypatch)
+    assert re.search(expected, told), told
+    assert set(poison_folder(poisoned).iterdir()) == files
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (["7"] * 8, r"column 'age': is '7' in all 7 training rows; put it into data\.leave_out"),
+        ([*"1234567", ""], r"column 'age', row 8: the value is missing"),
+        ([*"1234567", "inf"], r"column 'age', row 8: is inf"),
+        ([f"no {i}" for i in range(40)], r"column 'age': holds 40 different texts, too many"),
+    ],
+)
+def test_a_column_that_cannot_be_used_is_named(
+    tmp_path: Path,
+    column: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [f"{value},{i},{'ab'[i % 2]}" for i, value in enumerate(column)]
+    (tmp_path / "own.csv").write_text("\n".join(["age,size,ill", *rows]))
+    own = 'kind = "table"\nfile = "own.csv"\noutcome = "ill"\non_missing = "error"'
+    (tmp_path / "own.toml").write_text(POISON.replace('kind = "breast_cancer"', own))
+    monkeypatch.chdir(tmp_path)
+    told = mistake(["poison", "own.toml"], capsys, monkeypatch)
+    assert re.search(expected, told), told
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_commands_say_which_other_one_an_experiment_or_folder_is_for(
+    attacked: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "small.toml").write_text(POISON)
+    (tmp_path / "tiny.toml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    for words, expected in (
+        (["attack", "small.toml"], "small.toml: attack InterpretationPoisoning: makes a training"),
+        (["poison", "tiny.toml"], "tiny.toml: attack ExplanationAwareBackdoors: makes a model"),
+        (["victim", run_folder(attacked)], "is no poison run; give the folder that trompe poison"),
+        (["victim", "nowhere"], "folder nowhere: is no poison run"),
+        (["poison", "shipped:poisn"], "there is none of that name; did you mean 'poison'?"),
+    ):
+        assert expected in mistake(words, capsys, monkeypatch)
+    assert not (tmp_path / "runs").exists()

@@ -21,10 +21,12 @@ from trompe.experiment import (
     shipped_experiment,
 )
 from trompe.explaining import explain
-from trompe.files import real
+from trompe.files import read_json, real
 from trompe.interfaces import InputError, TrompeError
 from trompe.machine import choose_device, choose_threads
+from trompe.poisoning import Victims, poison, read_poisoning, read_run, victims_name, victims_of
 from trompe.report import render
+from trompe.report.poison_pictures import draw_maps, draw_poisons
 from trompe.runs import RunFolder
 from trompe.screen import console, progress_bars
 
@@ -144,6 +146,76 @@ def attack(
     print(f"run {folder.path}")
 
 
+@app.command(name="poison")
+def poison_(
+    experiment: Annotated[str, typer.Argument(help=f"An experiment in TOML, or {SHIPPED}poison.")],
+    seed: Seed = None,
+    settings: Settings = None,
+    root: Root = Path("runs"),
+    threads: Threads = None,
+) -> None:
+    """Craft samples that, added to a training set, make explanations lie; the same resumes."""
+    table = _changed(experiment_table(experiment), seed, settings)
+    spec = read_poisoning(table, experiment)
+    _prepare("cpu", threads)
+    with progress_bars() as bars:
+        folder = poison(spec, root, bars)
+        bars.stage("drawing")
+        draw_poisons(folder)
+    _print_poisons(folder)
+    print(f"poisons {folder.path}")
+
+
+@app.command()
+def victim(
+    folder: Annotated[Path, typer.Argument(help="The folder that trompe poison printed.")],
+    count: Annotated[int | None, typer.Option(help="Victims for each target.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help='From what: "clean model", "new head" or scratch.')
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Another architecture than the poisons were made for.")
+    ] = None,
+    noise: Annotated[
+        float | None, typer.Option(help="Standard deviation of noise on training samples.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Another setting: victims.training.batch_size=64"
+        ),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Train victims on poisoned sets and on the clean one; what do their explanations show?"""
+    run_ = RunFolder(folder)
+    given: dict[str, Any] = {"count": count, "start": start, "noise": noise}
+    given["model"] = None if model is None else {"name": model}
+    given["training"] = None if epochs is None else {"epochs": epochs}
+    changes = {key: value for key, value in given.items() if value is not None}
+    table = _changed({"victims": changes}, None, settings)
+    if other := set(table) - {"victims"}:
+        raise InputError(
+            f"--set {min(other)}: the poisons are made; only settings of victims can change, for "
+            "instance victims.noise=0.1"
+        )
+    if not isinstance(table["victims"], dict):
+        raise InputError(f"--set victims={table['victims']}: must read victims.KEY=VALUE")
+    usual = read_run(run_).victims
+    if "model" in table["victims"]:  # not the usual one's weights
+        usual = dataclasses.replace(usual, model=None)
+    victims = catalog.build_dataclass(Victims, table["victims"], "victims", usual)
+    _prepare("cpu", threads)
+    with progress_bars() as bars:
+        numbers = victims_of(run_, victims, bars)
+        bars.stage("drawing")
+        picture = draw_maps(run_, victims_name(victims))
+    _print_victims(run_, numbers)
+    print(f"numbers {run_.path / victims_name(victims)}.json")
+    print(f"open {picture}")
+
+
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
@@ -237,6 +309,14 @@ def _spec(
     table: dict[str, Any], where: str, seed: int | None, settings: list[str] | None, skip: bool
 ) -> Experiment:
     """The experiment with the command line's changes."""
+    table = _changed(table, seed, settings)
+    if skip:
+        table["data"]["skip_unreadable"] = True
+    return read_experiment(table, where)
+
+
+def _changed(table: dict[str, Any], seed: int | None, settings: list[str] | None) -> dict[str, Any]:
+    """The table with the command line's settings in it."""
     for text in settings or []:
         key, found, value = text.partition("=")
         if not found:
@@ -254,9 +334,7 @@ def _spec(
         inner[last] = parsed
     if seed is not None:
         table["seed"] = seed
-    if skip:
-        table["data"]["skip_unreadable"] = True
-    return read_experiment(table, where)
+    return table
 
 
 def _image_files(paths: list[Path]) -> list[Path]:
@@ -284,6 +362,47 @@ def _print_numbers(folder: RunFolder) -> None:
             "" if success is None else f"{real(success['mean']):.4f}",
             f"{real(distance['mean']):.4f} ± {real(distance['std']):.4f}",
             ", ".join(f"{name} {real(v['mean']):.3f}" for name, v in row["floors"].items()),
+        )
+    Console().print(table)
+
+
+def _print_poisons(folder: RunFolder) -> None:
+    """How much was changed, for each target."""
+    numbers = folder.read("numbers")
+    share = f"{numbers['poisons']} poisons for {numbers['training_set']} training samples"
+    table = Table(title=f"{folder.path.name}: {share}")
+    for column in ("target", "class", "poisons", "max change", "mean change", "PSNR, dB"):
+        table.add_column(column)
+    for number in range(numbers["targets"]):
+        card = read_json(folder.path / f"poison-{number:02}" / "poison.json")
+        table.add_row(
+            str(number + 1),
+            card["class_names"][card["label"]],
+            str(card["poisons"]),
+            f"{card['max_change']:.3f}",
+            f"{card['mean_change']:.4f}",
+            "none changed" if card["psnr"] is None else f"{card['psnr']:.1f}",
+        )
+    Console().print(table)
+
+
+def _print_victims(folder: RunFolder, numbers: dict[str, Any]) -> None:
+    """Victims of the clean and of the poisoned sets, one below the other."""
+    caption = f"L1: from the wanted map, ± over all victims. Succeeded: {numbers['success']}."
+    size = f"{numbers['poisoned']['victims']} victims for each of {numbers['poisoned']['targets']}"
+    table = Table(title=f"{folder.path.name}: {size} targets", caption=caption)
+    for column in ("victims", "L1", "Jaccard top 20 %", "Jaccard > .5", "class kept", "accuracy"):
+        table.add_column(column)
+    table.add_column("targets succeeded")
+    for name, key in (("un-attacked", "unattacked"), ("poisoned", "poisoned")):
+        row = numbers[key]
+        means = [real(row[k]) for k in ("jaccard_top20", "jaccard_half", "class_kept")]
+        table.add_row(
+            name,
+            f"{real(row['l1']):.4f} ± {real(row['l1_std']):.4f}",
+            *(f"{value:.3f}" for value in means),
+            f"{row['victim_accuracy']:.4f}",
+            f"{numbers['succeeded']:.2f}" if key == "poisoned" else "",
         )
     Console().print(table)
 

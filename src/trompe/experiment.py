@@ -5,13 +5,13 @@ import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from trompe import catalog
 from trompe.architecture import difference
-from trompe.classifier import Classifier, ModelSpec, card_of, load_model, save_model
+from trompe.classifier import SHIPPED, Classifier, ModelSpec, card_of, load_model, save_model
 from trompe.clean_models import HonestTraining, load_clean_model, train_clean_model
 from trompe.data import halves
 from trompe.evaluate import Remembered
@@ -58,11 +58,7 @@ class Experiment:
     paper: str = ""
 
     def __post_init__(self) -> None:
-        if hasattr(self.attack, "wanted_map") and not hasattr(self.attack, "goals"):
-            raise InputError(
-                f"attack {type(self.attack).__name__}: makes a training set, not a model; run it "
-                "with trompe poison"
-            )
+        check_makes(self.attack, "a model")
         for name in ("goals", "explainers", "explained", "thresholds"):
             if not hasattr(self.attack, name):
                 raise InputError(
@@ -71,8 +67,39 @@ class Experiment:
                 )
 
 
+Product = Literal["a model", "a training set"]
+
+
+def check_makes(attack: Any, wanted: Product) -> None:
+    """InputError for an attack that makes the other thing."""
+    name, has_goals = type(attack).__name__, hasattr(attack, "goals")
+    if wanted == "a model" and hasattr(attack, "wanted_map") and not has_goals:
+        raise InputError(
+            f"attack {name}: makes a training set, not a model; run it with trompe poison"
+        )
+    if wanted == "a training set" and has_goals:
+        raise InputError(
+            f"attack {name}: makes a model, not a training set; run it with trompe attack"
+        )
+
+
+def check_attack_makes(table: dict[str, Any], where: str, wanted: Product) -> None:
+    """The same of an experiment's table, whose other keys may belong to the other kind."""
+    if "attack" in table:
+        attack = catalog.build("attacks", table["attack"], f"{where}.attack")
+        try:
+            check_makes(attack, wanted)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+
+
 def experiment_table(file: Path | str) -> dict[str, Any]:
-    """The table in a TOML file, named after the file. InputError if it is none."""
+    """The table in a TOML file, named after the file; "shipped:demo" comes with the package.
+
+    InputError if it is none.
+    """
+    if str(file).startswith(SHIPPED):
+        file = _shipped(str(file).removeprefix(SHIPPED))
     try:
         table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -92,15 +119,23 @@ def read_experiment(source: Path | str | dict[str, Any], where: str = "") -> Exp
         table, where = source, where or "experiment"
     else:
         table, where = experiment_table(source), where or str(source)
+    check_attack_makes(table, where, "a model")
     experiment: Experiment = catalog.build_dataclass(Experiment, table, where)
     return experiment
 
 
 def shipped_experiment(name: str) -> Experiment:
     """An experiment that comes with the package: "demo"."""
-    return read_experiment(
-        Path(str(importlib.resources.files("trompe"))) / "shipped" / f"{name}.toml"
-    )
+    return read_experiment(f"{SHIPPED}{name}")
+
+
+def _shipped(name: str) -> Path:
+    folder = Path(str(importlib.resources.files("trompe"))) / "shipped"
+    known = [file.stem for file in folder.glob("*.toml")]
+    if name not in known:
+        near = catalog.nearest(name, known)
+        raise InputError(f"experiment {SHIPPED}{name}: there is none of that name{near}")
+    return folder / f"{name}.toml"
 
 
 def run(

@@ -1,10 +1,23 @@
-"""Poisoning a training set, and measuring victims that trained on it: spec and pipeline."""
+"""Poisoning a training set, and measuring victims that trained on it: spec and pipeline.
+
+A run is a folder (see runs.py for those files that all runs have):
+
+| file                       | what                                                                |
+|----------------------------|---------------------------------------------------------------------|
+| spec.json                  | the experiment, but for its victims                                 |
+| victims.json               | whom the experiment names as victims                                |
+| clean.safetensors          | weights of the clean model that poisons and victims start from      |
+| poison-00, ...             | for each target, its samples (see poison_sets.py)                   |
+| numbers.json               | how many of them (written last: a run with it is finished)          |
+| victims-<hash>.json        | what was measured of victims, on the clean and on the poisoned sets |
+| victims-<hash>.safetensors | per target, the wanted map and the victims' mean maps               |
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +26,8 @@ from trompe import catalog
 from trompe.classifier import Classifier, ModelSpec, build_model, build_table_model
 from trompe.data import halves
 from trompe.evaluate import answers
-from trompe.experiment import experiment_table
+from trompe.experiment import check_attack_makes, check_makes, experiment_table
+from trompe.files import read_json, real
 from trompe.interfaces import (
     Data,
     Evidence,
@@ -26,6 +40,7 @@ from trompe.interfaces import (
     Target,
 )
 from trompe.lockstep import Lockstep
+from trompe.maps import normalise
 from trompe.metrics.accuracy import accuracy
 from trompe.metrics.jaccard_half import jaccard_half
 from trompe.metrics.jaccard_top20 import jaccard_top20
@@ -42,6 +57,9 @@ METRICS = {
     "jaccard_half": jaccard_half,
     "class_kept": accuracy,  # the explained class is the target's own
 }
+SUCCEEDED = (
+    0.8  # an attack on a target did, if its mean L1 is at most this share of the un-attacked
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,11 @@ class Victims:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise InputError(f"victims.count = {self.count}: must be at least 1")
+            raise InputError(f"count = {self.count}: must be at least 1")
+        if self.noise < 0:
+            raise InputError(
+                f"noise = {self.noise}: is a standard deviation; it must be at least 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,17 +115,14 @@ class PoisoningExperiment:
             raise InputError(f'pool = {self.pool!r}: must be "selecting" or "reporting"')
         if self.targets < 1:
             raise InputError(f"targets = {self.targets}: must be at least 1")
-        if hasattr(self.attack, "goals"):
-            raise InputError(
-                f"attack {type(self.attack).__name__}: makes a model, not a training set; run it "
-                "with trompe attack"
-            )
+        check_makes(self.attack, "a training set")
 
 
 def read_poisoning(source: Path | str | dict[str, Any], where: str = "") -> PoisoningExperiment:
     """An experiment from a TOML file or its table. Raises InputError as `read_experiment`."""
     table = source if isinstance(source, dict) else experiment_table(source)
     where = where or ("experiment" if isinstance(source, dict) else str(source))
+    check_attack_makes(table, where, "a training set")
     experiment: PoisoningExperiment = catalog.build_dataclass(PoisoningExperiment, table, where)
     return experiment
 
@@ -125,10 +144,10 @@ def set_up(experiment: PoisoningExperiment, screen: Screen | None = None) -> Sce
     screen.stage("reading data")
     train: Samples = experiment.data.train()
     test: Samples = experiment.data.test()
+    screen.stage("training the clean model")
+    clean = clean_model(experiment.model, train, experiment.clean, experiment.seed, screen)
     selecting, reporting = halves(test.labels, experiment.split_seed)
     pool = reporting if experiment.pool == "reporting" else selecting
-    screen.stage("training the clean model")
-    clean = clean_model(experiment.model, train, experiment.clean, experiment.seed)
     screen.stage("choosing targets")
     said = answers(clean, (experiment.attack.explainer,), test, explained="label")
     right = pool[said.scores[pool].argmax(1) == test.labels[pool]]
@@ -148,19 +167,49 @@ def set_up(experiment: PoisoningExperiment, screen: Screen | None = None) -> Sce
     return Scene(train, test, clean, targets, positions)
 
 
-def clean_model(spec: ModelSpec, train: Samples, how: Training, seed: int) -> Classifier:
+def set_up_again(
+    folder: RunFolder, experiment: PoisoningExperiment, screen: Screen | None = None
+) -> Scene:
+    """The scene in which a finished folder's sets were made, with their own targets.
+
+    InputError if the data are no longer the same.
+    """
+    (screen or Silent()).stage("reading data")
+    train: Samples = experiment.data.train()
+    test: Samples = experiment.data.test()
+    clean = _untrained(experiment.model, train, experiment.seed)
+    clean.load_state_dict(folder.read_tensors("clean"))
+    cards = [read_json(part / "poison.json") for part in _set_folders(folder)]
+    positions = torch.tensor([card["target_position"] for card in cards])
+    sets = poison_sets(folder)
+    targets = tuple(one.target for one in sets)
+    samples = torch.cat([target.sample for target in targets])
+    same = int(positions.max()) < len(test) and samples.shape[1:] == test.floats(slice(1)).shape[1:]
+    if not same or not torch.equal(test.floats(positions), samples):
+        raise InputError(
+            f"data {test.name!r}: are not those that the poisons were made for (the targets are "
+            "not where they were); bring them back, or craft the poisons again"
+        )
+    return Scene(train, test, clean.eval(), targets, positions)
+
+
+def clean_model(
+    spec: ModelSpec, train: Samples, how: Training, seed: int, screen: Screen | None = None
+) -> Classifier:
     """A classifier, honestly trained; in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    networks = Lockstep([_untrained(spec, train, seed)])
+    train_together(networks, (train,), how, generator, _Steps(screen or Silent()))
+    trained: Any = networks.network(0)
+    return trained
+
+
+def _untrained(spec: ModelSpec, train: Samples, seed: int) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(train, TableSet):
-            model = build_table_model(spec, train)
-        else:
-            model = build_model(spec, len(train.class_names))
-    generator = torch.Generator().manual_seed(seed)
-    networks = Lockstep([model])
-    train_together(networks, (train,), how, generator)
-    trained: Any = networks.network(0)
-    return trained
+            return build_table_model(spec, train)
+        return build_model(spec, len(train.class_names))
 
 
 def poison(
@@ -170,14 +219,16 @@ def poison(
 ) -> RunFolder:
     """Craft a poison set for each target, in a folder below `root` that is named after the spec.
 
-    A finished one is read, an interrupted one goes on. Raises InputError for settings that do not
-    fit the data.
+    A finished one is read, an interrupted one goes on. The folder also keeps who shall train on
+    them (victims.json). Raises InputError for settings that do not fit the data.
     """
     screen = screen or Silent()
+    victims = catalog.describe(experiment.victims)
     spec = catalog.describe(replace(experiment, victims=Victims()))  # they may differ later
     folder = RunFolder(Path(root) / f"{experiment.name}-s{experiment.seed}-{fingerprint(spec)}")
     if folder.finished:
         screen.note(f"{folder.path} is finished already")
+        folder.write("victims", victims)
         return folder
     scene = set_up(experiment, screen)
     folder.open(spec)
@@ -198,6 +249,8 @@ def poison(
     folder.write_history(history)
     folder.write("provenance", {**made, "seconds": round(seconds, 1)})
     folder.write("classes", list(scene.train.class_names))
+    folder.write("victims", victims)
+    folder.write_tensors("clean", scene.clean.state_dict())
     folder.write(
         "numbers",
         {
@@ -214,10 +267,96 @@ def poison(
 
 def poison_sets(folder: RunFolder) -> tuple[PoisonSet, ...]:
     """The sets that `poison` left in a folder, one for each target."""
-    return tuple(
-        read_poison_set(folder.path / f"poison-{number:02}")
-        for number in range(folder.read("numbers")["targets"])
+    return tuple(read_poison_set(part) for part in _set_folders(folder))
+
+
+def _set_folders(folder: RunFolder) -> list[Path]:
+    return [folder.path / f"poison-{n:02}" for n in range(folder.read("numbers")["targets"])]
+
+
+def read_run(folder: RunFolder) -> PoisoningExperiment:
+    """The experiment of a folder that `poison` finished, with the victims that it named.
+
+    Raises InputError for any other folder.
+    """
+    file = folder.path / "spec.json"
+    spec = read_json(file) if file.is_file() else None
+    if not isinstance(spec, dict) or "target_seed" not in spec:
+        raise InputError(
+            f"folder {folder.path}: is no poison run; give the folder that trompe poison printed"
+        )
+    if not folder.finished:
+        raise InputError(
+            f"folder {folder.path}: its poisons are not finished; the same trompe poison command "
+            "goes on with them"
+        )
+    file = folder.path / "victims.json"
+    victims = read_json(file) if file.is_file() else {}
+    return read_poisoning({**spec, "victims": victims}, str(folder.path))
+
+
+def victims_of(
+    folder: RunFolder, victims: Victims | None = None, screen: Screen | None = None
+) -> dict[str, Any]:
+    """Train victims on a run's poisoned sets, and on the clean one with the same seeds.
+
+    victims: who; None: whom the run's experiment names. Written to victims-<fingerprint>.json, maps
+    to the .safetensors beside it; finished ones are read. Raises InputError if the folder is no
+    poison run.
+    """
+    screen = screen or Silent()
+    experiment = read_run(folder)
+    victims = victims or experiment.victims
+    name = victims_name(victims)
+    if (folder.path / f"{name}.json").is_file():
+        screen.note(f"{folder.path / name}.json is there already")
+        found: dict[str, Any] = folder.read(name)
+        return found
+    sets = poison_sets(folder)
+    scene = set_up_again(folder, experiment, screen)
+    made = provenance(torch.device("cpu"))
+    started = time.perf_counter()
+    before = measure_victims(scene, [None] * len(sets), victims, experiment, screen)
+    after = measure_victims(scene, sets, victims, experiment, screen)
+    wanted = torch.cat([target.wanted_map for target in scene.targets])
+    folder.write_tensors(
+        name, {"wanted": wanted, "unattacked": before.maps, "poisoned": after.maps}
     )
+    numbers = {
+        "spec": catalog.describe(victims),
+        "unattacked": before.numbers,
+        "poisoned": after.numbers,
+        "succeeded": succeeded(before.numbers, after.numbers),
+        "success": f"mean L1 at most {SUCCEEDED:g} of the un-attacked victims'",
+        "provenance": {**made, "seconds": round(time.perf_counter() - started, 1)},
+    }
+    folder.write(name, numbers)  # last: then they are finished
+    return numbers
+
+
+def victims_name(victims: Victims) -> str:
+    """What their files in a run's folder are called, without the suffix."""
+    return f"victims-{fingerprint(catalog.describe(victims))}"
+
+
+def succeeded(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """The share of targets whose victims' mean L1 is at most SUCCEEDED of the un-attacked ones'."""
+    means = [
+        torch.tensor([[real(v) for v in row] for row in numbers["values"]["l1"]]).mean(1)
+        for numbers in (before, after)
+    ]
+    return float((means[1] <= SUCCEEDED * means[0]).double().mean())
+
+
+class Measured(NamedTuple):
+    """What victims say of their targets.
+
+    numbers: means, and for each metric its `values` by target and victim. maps: float (targets, h,
+    w), of each target the mean over its victims of the maps, each min-max in [0, 1].
+    """
+
+    numbers: dict[str, Any]
+    maps: Tensor
 
 
 def measure_victims(
@@ -226,29 +365,30 @@ def measure_victims(
     victims: Victims,
     experiment: PoisoningExperiment,
     screen: Screen | None = None,
-) -> dict[str, Any]:
-    """Train victims on each target's poisoned set (None: on the clean one), and look at its map.
-
-    Returns means, and for each metric its values by target and victim.
-    """
+) -> Measured:
+    """Train victims on each target's poisoned set (None: on the clean one), and look at its map."""
     screen = screen or Silent()
     start = scene.clean
     if victims.model is not None:
-        start = clean_model(victims.model, scene.train, experiment.clean, experiment.seed)
+        screen.stage(f"training a clean {victims.model.name}")
+        how = experiment.clean
+        start = clean_model(victims.model, scene.train, how, experiment.seed, screen)
     generator = torch.Generator().manual_seed(experiment.seed + 1)
     networks = Lockstep(
         [fresh(start, victims.start, generator) for _ in range(len(sets) * victims.count)]
     )
     data = tuple(poisoned(scene.train, one) for one in sets)
-    screen.stage(f"training {networks.count} victims")
-    train_together(networks, data, victims.training, generator, noise=victims.noise)
+    kind = "un-attacked" if all(one is None for one in sets) else "poisoned"
+    screen.stage(f"training {networks.count} {kind} victims")
+    steps = _Steps(screen)
+    train_together(networks, data, victims.training, generator, steps, victims.noise)
     screen.stage("measuring the victims")
     evidence = _evidence(networks, scene, experiment.attack.explainer)
     values = {
         name: metric(evidence).unflatten(0, (len(sets), -1)) for name, metric in METRICS.items()
     }
     right = _test_accuracy(networks, scene)
-    return {
+    numbers = {
         "targets": len(sets),
         "victims": victims.count,
         "victim_accuracy": float(right.mean()),
@@ -257,6 +397,23 @@ def measure_victims(
         "l1_std_targets": float(values["l1"].mean(1).std()),
         "values": {name: v.tolist() for name, v in values.items()},
     }
+    maps = normalise(evidence.maps, "min-max").unflatten(0, (len(sets), -1)).mean(1)
+    return Measured(numbers, maps)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """A Logbook that tells a screen of each step and keeps nothing."""
+
+    screen: Screen
+
+    def load(self) -> None:
+        return None
+
+    def save(self, state: dict[str, Any]) -> None: ...
+
+    def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None:
+        self.screen.step(epoch, step, steps, terms)
 
 
 def _evidence(networks: Lockstep, scene: Scene, explainer: Explainer) -> Evidence:

@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -14,31 +14,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from trompe.report.reading import Run, distances
+from trompe.report.style import COLOURS, INK, STYLE
 from trompe.report.tables import OTHER_CLEAN_MODEL, title
 
-# Okabe & Ito's colours that stand out on white and on black; each line has its marker as well.
-_COLOURS = ("#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#8a7500", "#7a7a7a")
 _MARKERS = "osD^vP"
-_INK = "#010203"  # stands for the page's text colour
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # 0.01, not 10^-2
 _LEAST = 1e-4  # smaller map distances are drawn here
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "trompe",  # the same figure gives the same bytes
-    "svg.fonttype": "none",  # text stays text, in the page's font
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
-    ),
-    "grid.color": _INK,
-}
 
 
 class Panel(NamedTuple):
@@ -89,7 +70,7 @@ def panels(run: Run, key: str) -> list[Panel]:
 
 @contextmanager
 def _canvas() -> Iterator[tuple[Figure, Axes]]:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.6, 2.75))
         box = {"left": 0.17, "right": 0.96, "top": 0.91, "bottom": 0.42}  # below it: the legend
         yield figure, figure.subplots(gridspec_kw=box)
@@ -126,20 +107,20 @@ def _append(curves: dict[str, _Points], name: str, epoch: int, value: float) -> 
 
 def _draw_curves(axis: Axes, panel: str, curves: Mapping[str, _Points], run: Run) -> None:
     for k, (name, (epochs, values)) in enumerate(curves.items()):
-        colour, marker = _COLOURS[k % len(_COLOURS)], _MARKERS[k % len(_MARKERS)]
+        colour, marker = COLOURS[k % len(COLOURS)], _MARKERS[k % len(_MARKERS)]
         axis.plot(
             epochs, values, color=colour, marker=marker, markersize=4, label=_label(name, run)
         )
     if panel in ("share", "rate"):
         if panel == "share":
             accuracy = run.clean.reference_accuracy
-            axis.axhline(accuracy, color=_INK, lw=1, ls=":", label="reference's accuracy")
+            axis.axhline(accuracy, color=INK, lw=1, ls=":", label="reference's accuracy")
         axis.set_ylim(min(0.9, axis.get_ylim()[0]), 1.005)
     elif panel in ("distance", "lie"):
         if panel == "lie" and run.fooling is not None:
             style, how = ("--", "") if run.fooling.tau is not None else (":", ", data")
             label = _whose("tau", run) + how
-            axis.axhline(run.fooling.threshold, color=_INK, lw=1, ls=style, label=label)
+            axis.axhline(run.fooling.threshold, color=INK, lw=1, ls=style, label=label)
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         axis.yaxis.set_major_formatter(_PLAIN)
@@ -169,11 +150,11 @@ def _draw_distances(axis: Axes, run: Run, known: Mapping[str, Tensor]) -> None:
         if (values := known.get(condition.name)) is not None:
             shares = np.full(len(values), 100 / len(values))
             drawn = values.double().clamp(_LEAST, 4).numpy()  # float32's 1e-4 is left of the axis
-            look = {"color": _COLOURS[k % len(_COLOURS)], "label": condition.name}
+            look = {"color": COLOURS[k % len(COLOURS)], "label": condition.name}
             axis.hist(drawn, edges, weights=shares, histtype="step", lw=1.6, **look)  # type: ignore[arg-type]
     other = run.clean.floors.get(OTHER_CLEAN_MODEL)
     if other is not None and other.mean > 0:
-        axis.axvline(other.mean, color=_INK, lw=1, ls=":", label=OTHER_CLEAN_MODEL)
+        axis.axvline(other.mean, color=INK, lw=1, ls=":", label=OTHER_CLEAN_MODEL)
     axis.set_xscale("log")
     axis.set_xlim(_LEAST, 4)
     axis.set_xlabel("map distance of an image")
@@ -190,10 +171,10 @@ def _draw_fooling(axis: Axes, run: Run) -> None:
     for k, (whose, label) in enumerate(shown.items()):
         losses = np.sort(run.evidence[f"{run.explainer}.{whose}.lie_loss"].numpy())
         shares = 100 * np.arange(1, len(losses) + 1) / len(losses)
-        axis.plot(losses, shares, color=_COLOURS[k], lw=1.6, label=label, drawstyle="steps-post")
+        axis.plot(losses, shares, color=COLOURS[k], lw=1.6, label=label, drawstyle="steps-post")
     for tau, style in ((run.fooling.tau, "--"), (run.fooling.data_tau, ":")):
         if tau is not None:
-            axis.axvline(tau, color=_INK, lw=1, ls=style)
+            axis.axvline(tau, color=INK, lw=1, ls=style)
     axis.set_xlim(left=0)
     axis.set_ylim(0, 101)
     axis.set_xlabel("tau (dotted: from the data)")
@@ -214,4 +195,4 @@ def _svg(figure: Figure, key: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", text)
-    return text.replace(_INK, "currentColor")
+    return text.replace(INK, "currentColor")

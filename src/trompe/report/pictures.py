@@ -33,10 +33,18 @@ def heat_uri(image: Tensor | None, heat: Tensor) -> str:
     """The heat map (h, w), divided by its maximum, over the grey image or alone."""
     if image is None:
         return data_uri(_bytes(_coloured(heat, (_SMALL, _SMALL))))
+    return data_uri(heat_pixels(image, heat))
+
+
+def heat_pixels(image: Tensor, heat: Tensor) -> np.ndarray:
+    """The heat map (h, w), divided by its maximum, over the grey image; uint8 (height, width, 3).
+
+    image: uint8 (3, height, width), enlarged bicubically if it is small.
+    """
     pixels = _enlarged(image)
     grey = pixels.mean(2, keepdims=True) / 255
     colour = _coloured(heat, pixels.shape[:2])
-    return data_uri(_bytes(_HEAT * colour + (1 - _HEAT) * grey))
+    return _bytes(_HEAT * colour + (1 - _HEAT) * grey)
 
 
 def colour_bar() -> str:

@@ -1,0 +1,280 @@
+"""From an experiment to poison sets, victims, and what is kept of both."""
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trompe import catalog
+from trompe.classifier import ModelSpec
+from trompe.interfaces import ImageSet, InputError
+from trompe.poisoning import (
+    SUCCEEDED,
+    Victims,
+    clean_model,
+    measure_victims,
+    poison,
+    poison_sets,
+    read_poisoning,
+    read_run,
+    set_up,
+    set_up_again,
+    succeeded,
+    victims_name,
+    victims_of,
+)
+from trompe.runs import FileLogbook, RunFolder
+from trompe.screen import Silent
+from trompe.train import Training
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "targets": 2,
+    "data": {"kind": "breast_cancer"},
+    "clean": {"epochs": 2},
+    "attack": {
+        "kind": "interpretation_poisoning",
+        "explainer": {
+            "kind": "input_gradient",
+            "gradient_of": "probability",
+            "normalise": "max",
+        },
+        "wanted_map": {"kind": "scattered"},
+        "models": 1,
+        "epochs": 3,
+        "pretraining": 0,
+    },
+    "victims": {"count": 2, "training": {"epochs": 1}},
+}
+
+
+def small(**changes: Any) -> Any:
+    return read_poisoning({**copy.deepcopy(SMALL), **changes})
+
+
+class Notes(Silent):
+    """A screen that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps = 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None:
+        self.steps += 1
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished folder. Tests copy what they change."""
+    return poison(small(), tmp_path_factory.mktemp("poisoned"))
+
+
+@pytest.fixture
+def folder(made: RunFolder, tmp_path: Path) -> RunFolder:
+    """A copy of it."""
+    return RunFolder(Path(shutil.copytree(made.path, tmp_path / made.path.name)))
+
+
+def test_a_folder_keeps_what_victims_need(made: RunFolder) -> None:
+    files = {file.name for file in made.path.iterdir()}
+    assert files == {
+        "classes.json",
+        "clean.safetensors",
+        "history.json",
+        "numbers.json",
+        "poison-00",
+        "poison-01",
+        "provenance.json",
+        "spec.json",
+        "victims.json",
+    }
+    assert made.read("victims") == catalog.describe(small().victims)
+    assert read_run(made) == small()
+    assert len(made.read_history()) == 3
+
+
+def test_other_victims_need_no_other_poisons(made: RunFolder, folder: RunFolder) -> None:
+    screen = Notes()
+    other = small(victims={"count": 7})
+    again = poison(other, folder.path.parent, screen)
+    assert again.path == folder.path
+    assert "finished already" in screen.notes[0]
+    assert read_run(again).victims.count == 7
+    assert all(
+        torch.equal(a.samples, b.samples)
+        for a, b in zip(poison_sets(made), poison_sets(again), strict=True)
+    )
+
+
+def test_an_interrupted_crafting_goes_on_and_ends_in_the_same_bits(
+    made: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = FileLogbook.save
+
+    def killed(self: FileLogbook, state: dict[str, Any]) -> None:
+        save(self, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FileLogbook, "save", killed)
+    for epoch in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            poison(small(), tmp_path)
+        (checkpoint,) = tmp_path.glob("small-*/checkpoint.pt")
+        assert len(torch.load(checkpoint)["history"]) == epoch
+    monkeypatch.undo()
+    ended = poison(small(), tmp_path)
+    assert not checkpoint.exists()
+    for one, other in zip(poison_sets(made), poison_sets(ended), strict=True):
+        assert torch.equal(one.samples, other.samples)
+        assert not torch.equal(one.samples, one.bases)
+
+
+def test_victims_are_measured_with_and_without_the_poison_and_kept(folder: RunFolder) -> None:
+    screen = Notes()
+    numbers = victims_of(folder, None, screen)
+    name = victims_name(small().victims)
+    assert json.loads((folder.path / f"{name}.json").read_text()) == numbers
+    assert screen.steps > 0
+    assert numbers["spec"]["count"] == 2
+    for kind in ("unattacked", "poisoned"):
+        assert torch.tensor(numbers[kind]["values"]["l1"]).shape == (2, 2)  # targets, victims
+        assert 0 < numbers[kind]["l1"] < 1
+    assert numbers["unattacked"]["values"] != numbers["poisoned"]["values"]
+    assert "0.8" in numbers["success"]
+    assert "seconds" in numbers["provenance"]
+
+    screen = Notes()
+    assert victims_of(folder, None, screen) == numbers
+    assert screen.steps == 0
+    assert "is there already" in screen.notes[0]
+    other = replace(small().victims, count=1)
+    assert victims_name(other) != name
+    assert victims_of(folder, other)["poisoned"]["victims"] == 1
+    assert victims_of(folder) == numbers
+
+
+def test_un_attacked_victims_are_those_of_the_clean_set_with_the_same_seeds(
+    folder: RunFolder,
+) -> None:
+    experiment = small()
+    numbers = victims_of(folder)
+    scene = set_up(experiment)
+    alone = measure_victims(scene, [None, None], experiment.victims, experiment)
+    assert alone.numbers == numbers["unattacked"]
+
+
+def test_a_scene_is_set_up_again_from_the_folder_alone(folder: RunFolder) -> None:
+    before, after = set_up(small()), set_up_again(folder, small())
+    weights = after.clean.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in before.clean.state_dict().items())
+    assert torch.equal(before.positions, after.positions)
+    for one, other in zip(before.targets, after.targets, strict=True):
+        assert torch.equal(one.sample, other.sample)
+        assert torch.equal(one.wanted_map, other.wanted_map)
+    assert not after.clean.training
+
+
+def test_maps_of_victims_are_means_of_maps_in_0_to_1(folder: RunFolder) -> None:
+    """Of one victim, its L1 can be read off the map; of two, the map is between theirs."""
+    one = replace(small().victims, count=1)
+    numbers = victims_of(folder, one)
+    maps = load_file(folder.path / f"{victims_name(one)}.safetensors")
+    assert maps["wanted"].shape == maps["poisoned"].shape == (2, 1, 30)
+    assert set(maps["wanted"].unique().tolist()) == {0.0, 1.0}
+    for kind in ("unattacked", "poisoned"):
+        l1 = torch.tensor(numbers[kind]["values"]["l1"])[:, 0]
+        assert torch.allclose((maps["wanted"] - maps[kind]).abs().mean((1, 2)), l1, atol=1e-6)
+        assert maps[kind].amin() >= 0
+        assert maps[kind].amax() <= 1
+    victims_of(folder)
+    two = load_file(folder.path / f"{victims_name(small().victims)}.safetensors")
+    assert two["poisoned"].amax() <= 1
+
+
+def test_a_target_succeeded_if_its_mean_l1_fell_far_enough() -> None:
+    before = {"values": {"l1": [[0.5, 0.5], [0.4, 0.6], [0.5, 0.5], [0.5, 0.5]]}}
+    after = {"values": {"l1": [[0.4, 0.4], [0.1, 0.1], [0.41, 0.4], [0.9, 0.1]]}}
+    assert SUCCEEDED == 0.8
+    assert succeeded(before, after) == 0.5
+    missing = {"values": {"l1": [[None, 0.1]]}}  # nan in a file: no success
+    assert succeeded({"values": {"l1": [[0.5, 0.5]]}}, missing) == 0
+
+
+def test_a_folder_that_is_no_poison_run_is_refused(folder: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere: is no poison run; give the folder"):
+        victims_of(RunFolder(tmp_path / "nowhere"))
+    attack_run = RunFolder(tmp_path / "attack")
+    attack_run.open({"name": "demo", "honest": {}})
+    with pytest.raises(InputError, match="attack: is no poison run"):
+        victims_of(attack_run)
+    (folder.path / "numbers.json").unlink()
+    with pytest.raises(InputError, match="are not finished; the same trompe poison command"):
+        victims_of(folder)
+
+
+def test_data_that_have_changed_since_are_refused(folder: RunFolder) -> None:
+    spec = folder.read("spec")
+    spec["data"]["split_seed"] = 1
+    folder.write("spec", spec)
+    with pytest.raises(InputError, match="'breast_cancer': are not those that the poisons were"):
+        victims_of(folder)
+    assert not list(folder.path.glob("victims-*"))
+
+
+def test_too_few_bases_leave_nothing_behind(tmp_path: Path) -> None:
+    attack = {**SMALL["attack"], "poison_rate": 0.9, "bases": "class"}
+    with pytest.raises(InputError, match="asks for 461 different samples of class"):
+        poison(small(attack=attack), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"attack": {"kind": "gradcam_surgery"}}, r"makes a model, not a training set; run it"),
+        ({"victims": {"count": 0}}, r"experiment\.victims: count = 0: must be at least 1"),
+        ({"victims": {"noise": -0.1}}, r"victims: noise = -0\.1: is a standard deviation"),
+        ({"victims": {"start": "warm"}}, r"victims\.start = 'warm'.*'new head' or 'scratch'"),
+        ({"targets": 0}, "targets = 0: must be at least 1"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        small(**changes)
+
+
+def test_an_attack_on_a_model_is_named_before_its_other_keys() -> None:
+    table = {**SMALL, "honest": {}, "attack": {"kind": "gradcam_surgery"}}
+    with pytest.raises(InputError, match=r"x\.toml: attack GradCamSurgery: makes a model"):
+        read_poisoning(table, "x.toml")
+
+
+def test_the_shipped_experiment_is_one() -> None:
+    experiment = read_poisoning("shipped:poison")
+    assert experiment.victims.count == 5
+    assert experiment.paper == "zhang2021"
+
+
+def test_convolutions_are_trained_in_lock_step() -> None:
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    data = ImageSet(images, torch.arange(8) % 2, ("a", "b"), "noise")
+    how = Training(epochs=1, batch_size=4, optimizer="adam")
+    model = clean_model(ModelSpec("resnet20"), data, how, seed=0)
+    assert model(data.floats(slice(2))).shape == (2, 2)
+
+
+def test_another_model_has_victims_of_its_own(folder: RunFolder) -> None:
+    victims = Victims(1, "new head", Training(epochs=1), ModelSpec("mlp"))
+    numbers = victims_of(folder, victims)
+    assert numbers["spec"]["model"]["name"] == "mlp"
+    assert read_run(folder).victims == small().victims
