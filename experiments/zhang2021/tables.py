@@ -307,11 +307,13 @@ def run_all(data: str, interpreter: str, chosen: argparse.Namespace, bars: Any) 
             scene = scene or set_up(first, bars)
             if cell.victims not in clean:
                 none: list[PoisonSet | None] = [None] * len(scene.targets)
-                clean[cell.victims] = measure_victims(scene, none, cell.victims, first, bars)
+                clean[cell.victims] = measure_victims(
+                    scene, none, cell.victims, first, bars
+                ).numbers
             measured = clean[cell.victims]
             if cell.attack != "none":
                 sets = poison_sets(poison(experiment, chosen.root, bars))
-                measured = measure_victims(scene, sets, cell.victims, experiment, bars)
+                measured = measure_victims(scene, sets, cell.victims, experiment, bars).numbers
             found = row(data, interpreter, cell, experiment, measured, clean[cell.victims])
             record([found])
             bars.note(
