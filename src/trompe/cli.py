@@ -391,7 +391,8 @@ def _print_victims(folder: RunFolder, numbers: dict[str, Any]) -> None:
     caption = f"L1: from the wanted map, ± over all victims. Succeeded: {numbers['success']}."
     size = f"{numbers['poisoned']['victims']} victims for each of {numbers['poisoned']['targets']}"
     table = Table(title=f"{folder.path.name}: {size} targets", caption=caption)
-    for column in ("victims", "L1", "Jaccard top 20 %", "Jaccard > .5", "class kept", "accuracy"):
+    table.add_column("victims", no_wrap=True)
+    for column in ("L1", "Jaccard top 20 %", "Jaccard > .5", "class kept", "accuracy"):
         table.add_column(column)
     table.add_column("targets succeeded")
     for name, key in (("un-attacked", "unattacked"), ("poisoned", "poisoned")):
