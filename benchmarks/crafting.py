@@ -33,7 +33,7 @@ from trompe.attacks.interpretation_poisoning import InterpretationPoisoning
 from trompe.classifier import ModelSpec, build_model, build_table_model
 from trompe.explainers.cam import Cam
 from trompe.explainers.input_gradient import InputGradient
-from trompe.files import write_atomically, write_json
+from trompe.files import unite_rows, write_atomically
 from trompe.interfaces import Explainer, ImageSet, Samples, TableSet, Target
 from trompe.lockstep import Lockstep
 from trompe.machine import choose_threads
@@ -212,15 +212,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--cases", nargs="*", choices=CASES, default=[*CASES])
     parser.add_argument("--models", type=int, nargs="*", default=[4])
-    parser.add_argument("--out", type=Path, default=None, help="a .json; a .md is put beside it")
+    parser.add_argument("--out", type=Path, help="a .json, whose rows are kept, and a .md")
     chosen = parser.parse_args()
     choose_threads(1)
     rows = [r for c in chosen.cases for k in chosen.models for r in measure(c, k, chosen.rounds)]
     print(markdown(rows))
     if chosen.out is not None:
-        write_json(chosen.out, {"rows": rows})
+        every = unite_rows(chosen.out, rows, ("case", "models", "contender"))
         write_atomically(
-            chosen.out.with_suffix(".md"), lambda place: place.write_text(markdown(rows), "utf-8")
+            chosen.out.with_suffix(".md"), lambda place: place.write_text(markdown(every), "utf-8")
         )
 
 
