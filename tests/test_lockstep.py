@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from trompe.explainers.cam import Cam
 from trompe.explainers.input_gradient import InputGradient
-from trompe.interfaces import Explainer, InputError, TableSet
+from trompe.interfaces import Explainer, ImageSet, InputError, TableSet
 from trompe.lockstep import Lockstep
 from trompe.models.mlp import mlp
 from trompe.recording import watch
-from trompe.train import Training, make_optimizer
+from trompe.train import Training, make_optimizer, make_schedule
 from trompe.victims import LockstepBatches, train_together
 
 K, ROWS = 3, 4
@@ -183,6 +183,31 @@ def test_training_together_is_training_each_alone(table: TableSet, optimizer: An
     for network, old in zip(networks, before, strict=True):  # those given are as they were
         for name, value in network.state_dict().items():
             assert torch.equal(value, old.state_dict()[name])
+
+
+def test_convolutional_networks_are_trained_together(
+    tiny_net: Callable[..., nn.Module], shapes: ImageSet
+) -> None:
+    networks = [tiny_net(norm=True).float() for _ in range(2)]
+    how = Training(epochs=1, batch_size=24, learning_rate=0.05, precision="float32")
+    lockstep = Lockstep(networks)
+    train_together(lockstep, (shapes,), how, torch.Generator().manual_seed(3))
+
+    dice = torch.Generator().manual_seed(3)
+    alone = copy.deepcopy(networks)
+    steppers = [make_optimizer(network, how) for network in alone]
+    schedules = [make_schedule(stepper, how, 2) for stepper in steppers]
+    for batch in LockstepBatches((shapes,), 2, 24)(dice):
+        blocks = list(zip(batch.images.chunk(2), batch.labels.chunk(2), strict=True))
+        for k, (rows, labels) in enumerate(blocks):
+            steppers[k].zero_grad()
+            F.cross_entropy(alone[k](rows), labels).backward()
+            steppers[k].step()
+            schedules[k].step()
+    for k, network in enumerate(alone):
+        trained = dict(lockstep.network(k).named_parameters())
+        for name, value in network.named_parameters():
+            torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_networks_in_training_run_as_if_in_use() -> None:

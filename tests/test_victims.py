@@ -1,6 +1,5 @@
 """Victims: how they start, what they train on."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest

@@ -183,7 +183,8 @@ def _fit(
     measure: Measure | None,
     logbook: Logbook | None,
 ) -> Iterator[EpochRecord]:
-    model.to(memory_format=torch.channels_last)
+    if not any(p.ndim == 5 for p in model.parameters()):  # convolutions in lock-step have no such
+        model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, how)
     schedule = make_schedule(optimizer, how, len(batches))
     history: list[EpochRecord] = []
