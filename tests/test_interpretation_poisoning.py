@@ -132,7 +132,7 @@ def replica(
     velocities: dict[nn.Parameter, Tensor] = {}
     adversarials, trainings = [], []
     gamma = 0.03
-    for epoch in (1, 2):
+    for _ in (1, 2):
         losses, fits = [], []
         for t, target in enumerate(targets):
             ahead = []
