@@ -55,7 +55,7 @@ def test_models_of_tables_are_those_tested_here() -> None:
 
 
 def test_mlp_is_two_layers_with_relu_between() -> None:
-    model = mlp(3, 5, hidden=7)
+    model = mlp(3, 5, hidden=7).requires_grad_(False)
     rows = torch.rand(2, 5)
     (first, bias), (second, last) = (
         (layer.weight, layer.bias)
