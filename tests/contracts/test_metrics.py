@@ -162,7 +162,7 @@ def maps_by_hand(given: list[float], wanted: list[float]) -> Evidence:
 
 
 def test_jaccard_top20_compares_the_two_highest_of_ten_places() -> None:
-    given = [0.1, 9.0, 0.2, 0.3, 0.0, 7.0, 6.9, 0.1, 0.0, -8.0]  # the highest: 1 and 5
+    given = [0.1, 9.0, 0.2, 0.3, 0.0, 7.0, -8.0, 0.1, 0.0, 6.9]  # the highest: 1 and 5
     wanted = [0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]  # 1 and 6
     assert jaccard_top20(maps_by_hand(given, wanted)).item() == pytest.approx(1 / 3)
     assert jaccard_top20(maps_by_hand(wanted, wanted)).item() == 1
