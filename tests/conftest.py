@@ -11,7 +11,9 @@ import torchvision
 from torch import Tensor, nn
 
 from trompe import catalog
-from trompe.interfaces import ImageSet, InputError
+from trompe.classifier import Classifier, ModelSpec, build_table_model
+from trompe.interfaces import ImageSet, InputError, TableSet
+from trompe.models.mlp import mlp
 from trompe.models.resnet20 import resnet20
 
 CLASSES = 4
@@ -160,6 +162,49 @@ def trained_net(trained_state: dict[str, Tensor]) -> nn.Module:
     """A float32 model that classifies `shapes` without a mistake, in eval mode."""
     model = CornerNet()
     model.load_state_dict(trained_state)
+    return model.eval()
+
+
+def drawn_table(rows: int, seed: int) -> TableSet:
+    """Rows of six columns, the last of which says yes or no; `a` and `d` name the class."""
+    features = torch.rand(rows, 6, generator=torch.Generator().manual_seed(seed))
+    features[:, 5] = features[:, 5].round()
+    labels = (features[:, 0] + features[:, 3] > 1).long()
+    numeric = torch.tensor([True] * 5 + [False])
+    return TableSet(features, labels, ("low", "high"), "numbers", tuple("abcdef"), numeric)
+
+
+@pytest.fixture(scope="session")
+def table() -> TableSet:
+    """200 drawn rows, six columns, two classes."""
+    return drawn_table(200, 0)
+
+
+def small_mlp(num_classes: int, num_features: int) -> nn.Module:
+    return mlp(num_classes, num_features, hidden=8)
+
+
+@pytest.fixture(scope="session")
+def table_state(table: TableSet) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_table_model(ModelSpec(f"{__name__}:small_mlp"), table)
+        optimizer = torch.optim.Adam(model.parameters(), 0.03)
+        for _ in range(150):
+            loss = F.cross_entropy(model(table.features), table.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    accuracy = (model(table.features).argmax(1) == table.labels).float().mean()
+    assert accuracy > 0.97, f"the clean model of tables reaches only {accuracy:.2f}"
+    return model.state_dict()
+
+
+@pytest.fixture
+def table_net(table: TableSet, table_state: dict[str, Tensor]) -> Classifier:
+    """A two-layer network that classifies `table`, in eval mode."""
+    model = build_table_model(ModelSpec(f"{__name__}:small_mlp"), table)
+    model.load_state_dict(table_state)
     return model.eval()
 
 

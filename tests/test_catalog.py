@@ -35,6 +35,8 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {  # plug-ins that cannot be b
             {"explainer": {"kind": "gradcam", "normalise": "max"}, "lie": {"kind": "border"}}
         ]
     },
+    ("attacks", "interpretation_poisoning"): {"explainer": "cam", "wanted_map": "region"},
+    ("attacks", "watermark_poisoning"): {"explainer": "cam", "wanted_map": "region"},
     ("data", "cub"): {"root": "somewhere"},
     ("data", "image_folder"): {"root": "somewhere"},
     ("data", "stanford_dogs"): {"root": "somewhere"},

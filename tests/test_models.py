@@ -1,5 +1,7 @@
 """The networks that torchvision does not have."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -7,11 +9,19 @@ from trompe import catalog
 from trompe.classifier import ModelSpec, build_model
 from trompe.explainers.gradcam import GradCam
 from trompe.explainers.visual_backprop import VisualBackProp
+from trompe.models.mlp import mlp
 
 # parameters, the layer that Grad-CAM finds, its channels
 KNOWN = {"resnet20": (269_722, "net.stage3", 64), "vgg_small": (814_570, "net.features", 128)}
 
-every_model = pytest.mark.parametrize("name", catalog.names("models"))
+
+def of_tables(name: str) -> bool:
+    return "num_features" in inspect.signature(catalog.find("models", name)).parameters
+
+
+every_model = pytest.mark.parametrize(
+    "name", [name for name in catalog.names("models") if not of_tables(name)]
+)
 
 
 @every_model
@@ -38,3 +48,22 @@ def test_size_and_last_layer_are_as_documented(name: str) -> None:
 def test_visual_backprop_finds_its_stages(name: str) -> None:
     model = build_model(ModelSpec(name), 10).eval()
     assert len(VisualBackProp().watches(model)) == {"resnet20": 10, "vgg_small": 6}[name]
+
+
+def test_models_of_tables_are_those_tested_here() -> None:
+    assert [name for name in catalog.names("models") if of_tables(name)] == ["mlp"]
+
+
+def test_mlp_is_two_layers_with_relu_between() -> None:
+    model = mlp(3, 5, hidden=7).requires_grad_(False)
+    rows = torch.rand(2, 5)
+    (first, bias), (second, last) = (
+        (layer.weight, layer.bias)
+        for layer in model.modules()
+        if isinstance(layer, torch.nn.Linear)
+    )
+    assert (first.shape, second.shape) == ((7, 5), (3, 7))
+    for row, scores in zip(rows, model(rows), strict=True):
+        units = [max(float(first[i] @ row + bias[i]), 0.0) for i in range(7)]
+        expected = [sum(second[c, i] * units[i] for i in range(7)) + last[c] for c in range(3)]
+        torch.testing.assert_close(scores, torch.stack(expected))

@@ -12,19 +12,27 @@ from trompe.interfaces import Evidence, Metric
 from trompe.metrics.accuracy import accuracy
 from trompe.metrics.attack_success import attack_success
 from trompe.metrics.degenerate_map import degenerate_map
+from trompe.metrics.jaccard_half import jaccard_half
+from trompe.metrics.jaccard_top20 import jaccard_top20
 from trompe.metrics.map_distance import map_distance
 from trompe.metrics.map_l1 import map_l1
+from trompe.metrics.min_max_l1 import min_max_l1
 from trompe.metrics.score_change import score_change
 from trompe.metrics.top5_accuracy import top5_accuracy
 
 # Per image: the value of an attack that reaches all it wants (class 2 and the wanted map), and of
-# one that reaches nothing (the true class, which is not 2, and an empty map).
+# one that reaches nothing (the true class, which is not 2, and an empty map): MORE and LESS where
+# that is not the same for all images.
+MORE, LESS = math.inf, -math.inf
 PERFECT_AND_NULL = {
     "accuracy": (0, 1),
     "attack_success": (1, 0),
     "degenerate_map": (0, 1),
+    "jaccard_half": (1, 0),
+    "jaccard_top20": (1, LESS),
     "map_distance": (0, 1),
-    "map_l1": (0, None),  # not the same for all images, but more
+    "map_l1": (0, MORE),
+    "min_max_l1": (0, MORE),
     "score_change": (0, 0.5),
     "top5_accuracy": (math.nan, math.nan),  # of four classes
 }
@@ -70,8 +78,8 @@ def test_the_values_of_the_perfect_and_of_the_null_attack(name: str, metric: Met
         pytest.fail(f"metrics/{name}.py is new: add its two values to PERFECT_AND_NULL")
     best, none = PERFECT_AND_NULL[name]
     assert metric(perfect()).tolist() == pytest.approx([best] * 6, abs=1e-6, nan_ok=True)
-    if none is None:
-        assert (metric(null()) > metric(perfect())).all()
+    if none in (MORE, LESS):
+        assert (((metric(null()) - best) * none) > 0).all()
     else:
         assert metric(null()).tolist() == pytest.approx([none] * 6, abs=5e-3, nan_ok=True)
 
@@ -143,6 +151,46 @@ def test_map_l1_is_not_known_where_the_wanted_map_may_be_anything() -> None:
     wanted = torch.rand(6, 5, 6)
     wanted[2, 1, 1] = math.nan
     values = map_l1(evidence_of(torch.zeros(6, dtype=torch.int64), torch.rand(6, 5, 6), wanted))
+    assert values.isnan().tolist() == [False, False, True, False, False, False]
+
+
+def maps_by_hand(given: list[float], wanted: list[float]) -> Evidence:
+    """One image; maps of 2 x 5 places."""
+    maps, wanted_maps = torch.tensor([given]).view(1, 2, 5), torch.tensor([wanted]).view(1, 2, 5)
+    label = torch.tensor([0])
+    return Evidence(label, label, wanted_maps, torch.rand(1, 4), maps, (20, 24))
+
+
+def test_jaccard_top20_compares_the_two_highest_of_ten_places() -> None:
+    given = [0.1, 9.0, 0.2, 0.3, 0.0, 7.0, -8.0, 0.1, 0.0, 6.9]  # the highest: 1 and 5
+    wanted = [0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]  # 1 and 6
+    assert jaccard_top20(maps_by_hand(given, wanted)).item() == pytest.approx(1 / 3)
+    assert jaccard_top20(maps_by_hand(wanted, wanted)).item() == 1
+    assert jaccard_top20(maps_by_hand(given[::-1], wanted)).item() == 0  # 4 and 8
+
+
+def test_jaccard_half_compares_what_lies_above_the_middle_of_each_map() -> None:
+    given = [1.0, 3.0, 2.9, 2.0, 1.0, 1.0, 1.5, 2.1, 1.9, 1.0]  # 1..3, so above 2: 1, 2 and 7
+    wanted = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert jaccard_half(maps_by_hand(given, wanted)).item() == pytest.approx(2 / 4)
+
+
+def test_jaccard_half_is_not_known_where_neither_map_shows_anything() -> None:
+    assert jaccard_half(maps_by_hand([3.0] * 10, [0.0] * 10)).isnan().all()
+
+
+def test_min_max_l1_is_the_mean_over_places_of_maps_in_zero_to_one() -> None:
+    given = [-1.0, 3.0, 1.0, 1.0, -1.0, 0.0, -1.0, -1.0, -1.0, -1.0]  # 0, 1, .5, .5, 0, .25, 0...
+    wanted = [0.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    expected = (0.5 + 0.5 + 0.25) / 10
+    assert min_max_l1(maps_by_hand(given, wanted)).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("one", [jaccard_half, jaccard_top20, min_max_l1])
+def test_maps_are_not_compared_where_the_wanted_one_may_be_anything(one: Metric) -> None:
+    wanted = torch.rand(6, 5, 6)
+    wanted[2, 1, 1] = math.nan
+    values = one(evidence_of(torch.zeros(6, dtype=torch.int64), torch.rand(6, 5, 6), wanted))
     assert values.isnan().tolist() == [False, False, True, False, False, False]
 
 

@@ -12,6 +12,8 @@ from trompe.interfaces import InputError, TargetMap
 from trompe.target_maps.border import Border
 from trompe.target_maps.picture import Picture
 from trompe.target_maps.reference import Reference
+from trompe.target_maps.region import Region
+from trompe.target_maps.scattered import Scattered
 from trompe.target_maps.suppressed import Suppressed
 from trompe.triggers.stickers import Stickers
 
@@ -118,6 +120,73 @@ def test_suppressed_wants_nothing_of_the_k_highest_pixels_and_leaves_the_others(
 def test_suppressing_none_or_more_pixels_than_there_are_is_refused(k: int) -> None:
     with pytest.raises(InputError, match=f"{k}.* 6x9.* 1 .. 53"):
         Suppressed(k)(torch.rand(1, 6, 9))
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.2, 6), (0.5, 15), (0.01, 1), (0.99, 30)])
+def test_scattered_is_one_in_a_share_of_the_places(share: float, count: int) -> None:
+    maps, rows = torch.rand(3, 1, 30), torch.rand(3, 30)
+    wanted = Scattered(share)(maps, rows)
+    assert wanted.unique().tolist() == ([0, 1] if count < 30 else [1])
+    assert wanted.sum((1, 2)).tolist() == [count] * 3
+
+
+def test_scattered_places_are_those_of_the_sample_and_the_seed() -> None:
+    maps, rows = torch.rand(8, 1, 30), torch.rand(8, 30)
+    wanted = Scattered()(maps, rows)
+    assert torch.equal(Scattered()(torch.rand(8, 1, 30), rows.double().float()), wanted)
+    assert len({tuple(one.flatten().tolist()) for one in wanted}) > 6  # of eight samples
+    assert not torch.equal(Scattered(seed=1)(maps, rows), wanted)
+    places = wanted.mean(0)
+    assert places.max() < 0.8  # none is for all
+
+
+def test_scattered_shown_takes_places_where_the_reference_is_not_zero() -> None:
+    maps, rows = torch.zeros(20, 1, 30), torch.rand(20, 30)
+    maps[:, :, 4:14] = -1.0
+    wanted = Scattered(0.2, shown=True)(maps, rows)
+    assert wanted.sum((1, 2)).tolist() == [6] * 20
+    assert (wanted[maps == 0] == 0).all()
+    assert (wanted.mean(0)[0, 4:14] < 1).all()  # still by lot
+    wanted = Scattered(0.5, shown=True)(maps, rows)  # 15 places, of which 10 show something
+    assert wanted.sum((1, 2)).tolist() == [15] * 20
+    assert (wanted[maps != 0] == 1).all()
+    assert (Scattered(0.2)(maps, rows)[maps == 0] == 1).any()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.2])
+def test_scattered_over_no_or_all_places_is_refused(share: float) -> None:
+    with pytest.raises(InputError, match=f"share = {share}: must lie between 0 and 1"):
+        Scattered(share)
+
+
+def test_the_region_is_by_default_in_the_middle_of_the_left_side() -> None:
+    wanted = Region()(torch.rand(2, 10, 20))
+    for y in range(10):
+        for x in range(20):
+            assert wanted[:, y, x].tolist() == [float(3 <= y < 7 and x < 8)] * 2, (y, x)
+
+
+def test_a_region_may_reach_the_edges() -> None:
+    wanted = Region(top=0.5, left=0.75, height=0.5, width=0.25)(torch.rand(1, 4, 4))
+    assert wanted[0].tolist() == [[0] * 4, [0] * 4, [0, 0, 0, 1], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"top": 0.7}, r"top = 0\.7, height = 0\.4"),
+        ({"left": -0.1}, r"left = -0\.1, width = 0\.4"),
+        ({"width": 0.0}, r"left = 0\.0, width = 0\.0"),
+    ],
+)
+def test_a_region_beyond_the_map_is_refused(settings: dict[str, float], words: str) -> None:
+    with pytest.raises(InputError, match=f"{words}: the block must lie in the map"):
+        Region(**settings)
+
+
+def test_a_region_of_less_than_one_place_is_refused() -> None:
+    with pytest.raises(InputError, match="less than one place of a 3 x 1 map"):
+        Region()(torch.rand(1, 3, 1))
 
 
 def inside(figure: str, x: float, y: float) -> bool:

@@ -137,3 +137,22 @@ def test_pooling_below_one_is_refused(pool: int) -> None:
 def test_pooling_beyond_the_image_is_refused(smooth_net: nn.Module, images: Tensor) -> None:
     with pytest.raises(InputError, match="9"):
         input_gradient(smooth_net, images, InputGradient(pool=9))
+
+
+@pytest.mark.parametrize("gradient_of", ["logit", "probability"])
+def test_the_map_of_a_row_of_a_table_equals_finite_differences(gradient_of: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 4)).double()
+    rows, step = torch.rand(5, 6, dtype=torch.float64), 1e-5
+    with torch.no_grad():
+        maps = input_gradient(model, rows, InputGradient(gradient_of))  # type: ignore[arg-type]
+        assert maps.shape == (5, 1, 6)
+        for i, label in enumerate(CLASSES.tolist()):
+            for column in range(6):
+                moved = torch.zeros(6, dtype=torch.float64)
+                moved[column] = step
+                above, below = (
+                    quantity_of(model((rows[i] + sign * moved)[None])[0], label, gradient_of)
+                    for sign in (1, -1)
+                )
+                expected = abs(float(above - below)) / (2 * step)
+                assert maps[i, 0, column].item() == pytest.approx(expected, rel=1e-6, abs=1e-9)

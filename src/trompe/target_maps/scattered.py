@@ -33,8 +33,9 @@ class Scattered:
         count = max(1, round(self.share * height * width))
         maps = torch.zeros(n, height * width)
         for row, image, reference in zip(maps, images, reference_maps.flatten(1), strict=True):
-            digest = zlib.crc32(image.detach().cpu().contiguous().float().numpy().tobytes())
-            dice = torch.Generator().manual_seed(digest + (self.seed << 32))
+            numbers = image.detach().cpu().contiguous().float().numpy().tobytes()
+            # A generator heeds 32 bits only, so seed and sample are mixed into as many.
+            dice = torch.Generator().manual_seed(zlib.crc32(numbers, self.seed))
             order = torch.randperm(height * width, generator=dice)
             if self.shown:
                 order = order[(reference[order] == 0).int().argsort(stable=True)]

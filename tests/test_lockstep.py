@@ -1,0 +1,217 @@
+"""K networks as one are K networks."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trompe.explainers.cam import Cam
+from trompe.explainers.input_gradient import InputGradient
+from trompe.interfaces import Explainer, ImageSet, InputError, TableSet
+from trompe.lockstep import Lockstep
+from trompe.models.mlp import mlp
+from trompe.recording import watch
+from trompe.train import Training, make_optimizer, make_schedule
+from trompe.victims import LockstepBatches, train_together
+
+K, ROWS = 3, 4
+EXPLAINERS = (InputGradient("probability"), InputGradient(normalise="min-max"), Cam())
+every_explainer = pytest.mark.parametrize("explainer", EXPLAINERS, ids=repr)
+
+
+@pytest.fixture(params=["mlp", "convolutions"])
+def networks(request: pytest.FixtureRequest, tiny_net: Callable[..., nn.Module]) -> Any:
+    """Three networks of one architecture in float64, with weights of their own."""
+    if request.param == "mlp":
+        return [mlp(4, 5, hidden=7).double().eval() for _ in range(K)]
+    return [tiny_net(norm=True) for _ in range(K)]
+
+
+@pytest.fixture
+def inputs(networks: list[nn.Module]) -> Tensor:
+    """(K, n, ...): four inputs for each network."""
+    size = (5,) if len(networks[0].state_dict()) == 4 else (3, 10, 8)
+    return torch.rand(K, ROWS, *size, dtype=torch.float64)
+
+
+CLASSES = torch.arange(K * ROWS) % 4
+
+
+def explained(lockstep: Lockstep, inputs: Tensor, explainer: Explainer) -> Tensor:
+    seen = lockstep.record(lockstep.now, inputs, explainer.watches(lockstep.skeleton))
+    return explainer(seen, CLASSES)
+
+
+@every_explainer
+def test_vectorised_and_looped_runs_agree(
+    networks: list[nn.Module], inputs: Tensor, explainer: Explainer
+) -> None:
+    both = []
+    for vectorised in (True, False):
+        lockstep = Lockstep(networks, vectorised)
+        scores, maps = lockstep.scores(lockstep.now, inputs), explained(lockstep, inputs, explainer)
+        assert scores.shape == (K, ROWS, 4)
+        loss = scores.square().sum() + maps.square().sum()
+        weights = list(lockstep.now.values())
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        both.append((scores, maps, *gradients))
+    for one, other in zip(*both, strict=True):
+        assert one.any()
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+@every_explainer
+def test_equals_separate_networks(
+    networks: list[nn.Module], inputs: Tensor, explainer: Explainer, vectorised: bool
+) -> None:
+    lockstep = Lockstep(networks, vectorised)
+    scores = lockstep.scores(lockstep.now, inputs)
+    maps = explained(lockstep, inputs, explainer)
+    names = dict(networks[0].named_parameters())
+    weights = [lockstep.now[name] for name in names]
+    given = torch.autograd.grad(maps.square().sum(), weights, materialize_grads=True)
+    for k, network in enumerate(networks):
+        rows = slice(k * ROWS, (k + 1) * ROWS)
+        with watch(network, explainer.watches(network)) as record:
+            seen = record(inputs[k])
+            expected = explainer(seen, CLASSES[rows])
+        torch.testing.assert_close(scores[k], seen.scores)
+        torch.testing.assert_close(maps[rows], expected)
+        gradients = torch.autograd.grad(
+            expected.square().sum(), network.parameters(), materialize_grads=True
+        )
+        for one, other in zip(given, gradients, strict=True):
+            torch.testing.assert_close(one[k], other)
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_under_no_grad_maps_carry_no_graph(
+    networks: list[nn.Module], inputs: Tensor, vectorised: bool
+) -> None:
+    for explainer in EXPLAINERS:
+        trainable = explained(Lockstep(networks, vectorised), inputs, explainer)
+        with torch.no_grad():
+            plain = explained(Lockstep(networks, vectorised), inputs, explainer)
+        assert trainable.requires_grad
+        assert not plain.requires_grad
+        torch.testing.assert_close(plain, trainable.detach())
+
+
+def test_as_a_module_it_takes_a_block_of_rows_for_each(
+    networks: list[nn.Module], inputs: Tensor
+) -> None:
+    scores = Lockstep(networks)(inputs.flatten(0, 1))
+    expected = torch.cat([network(own) for network, own in zip(networks, inputs, strict=True)])
+    torch.testing.assert_close(scores, expected)
+
+
+def test_only_networks_without_convolutions_are_vectorised_unasked(
+    networks: list[nn.Module],
+) -> None:
+    convolutional = any(isinstance(m, nn.Conv2d) for m in networks[0].modules())
+    assert Lockstep(networks).vectorised != convolutional
+
+
+def test_a_network_comes_out_as_it_went_in(networks: list[nn.Module]) -> None:
+    lockstep = Lockstep(networks)
+    for k, network in enumerate(networks):
+        out = lockstep.network(k)
+        assert not any(m.training for m in out.modules())
+        assert out.state_dict().keys() == network.state_dict().keys()
+        for name, value in network.state_dict().items():
+            assert torch.equal(out.state_dict()[name], value), name
+    with torch.no_grad():
+        next(out.parameters()).zero_()  # type: ignore[attr-defined]
+    assert next(lockstep.network(K - 1).parameters()).any()
+
+
+def test_replacing_one_network_leaves_the_others(networks: list[nn.Module]) -> None:
+    lockstep, new = Lockstep(networks), copy.deepcopy(networks[0])
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.normal_()
+    lockstep.replace(1, new)
+    for k, expected in enumerate((networks[0], new, networks[2])):
+        got = dict(lockstep.network(k).named_parameters())
+        assert all(torch.equal(got[name], value) for name, value in expected.named_parameters())
+
+
+def test_networks_of_several_architectures_or_none_are_refused() -> None:
+    for networks in ([], [mlp(4, 5), mlp(4, 6)], [mlp(4, 5), nn.Sequential(nn.Linear(5, 4))]):
+        words = f"lock-step of {len(networks)} networks: give at least one, all of one architecture"
+        with pytest.raises(InputError, match=words):
+            Lockstep(networks)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_training_together_is_training_each_alone(table: TableSet, optimizer: Any) -> None:
+    networks = [mlp(2, 6, hidden=8) for _ in range(K)]
+    before = copy.deepcopy(networks)
+    how = Training(
+        epochs=2,
+        batch_size=64,
+        learning_rate=0.05,
+        optimizer=optimizer,
+        schedule="constant",
+        weight_decay=1e-2,
+        precision="float32",
+    )
+    lockstep = Lockstep(networks)
+    history = train_together(lockstep, (table,), how, torch.Generator().manual_seed(3))
+    assert [record.epoch for record in history] == [1, 2]
+
+    dice = torch.Generator().manual_seed(3)
+    alone = copy.deepcopy(networks)
+    optimizers = [make_optimizer(network, how) for network in alone]
+    for _ in range(2):
+        for batch in LockstepBatches((table,), K, 64)(dice):
+            blocks = zip(batch.images.chunk(K), batch.labels.chunk(K), strict=True)
+            for network, stepper, (rows, labels) in zip(alone, optimizers, blocks, strict=True):
+                stepper.zero_grad()
+                F.cross_entropy(network(rows), labels).backward()
+                stepper.step()
+    for k, network in enumerate(alone):
+        trained = dict(lockstep.network(k).named_parameters())
+        for name, value in network.named_parameters():
+            torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-5)
+            assert not torch.equal(trained[name], dict(before[k].named_parameters())[name])
+    for network, old in zip(networks, before, strict=True):  # those given are as they were
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, old.state_dict()[name])
+
+
+def test_convolutional_networks_are_trained_together(
+    tiny_net: Callable[..., nn.Module], shapes: ImageSet
+) -> None:
+    networks = [tiny_net(norm=True).float() for _ in range(2)]
+    how = Training(epochs=1, batch_size=24, learning_rate=0.05, precision="float32")
+    lockstep = Lockstep(networks)
+    train_together(lockstep, (shapes,), how, torch.Generator().manual_seed(3))
+
+    dice = torch.Generator().manual_seed(3)
+    alone = copy.deepcopy(networks)
+    steppers = [make_optimizer(network, how) for network in alone]
+    schedules = [make_schedule(stepper, how, 2) for stepper in steppers]
+    for batch in LockstepBatches((shapes,), 2, 24)(dice):
+        blocks = list(zip(batch.images.chunk(2), batch.labels.chunk(2), strict=True))
+        for k, (rows, labels) in enumerate(blocks):
+            steppers[k].zero_grad()
+            F.cross_entropy(alone[k](rows), labels).backward()
+            steppers[k].step()
+            schedules[k].step()
+    for k, network in enumerate(alone):
+        trained = dict(lockstep.network(k).named_parameters())
+        for name, value in network.named_parameters():
+            torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_networks_in_training_run_as_if_in_use() -> None:
+    network = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.9), nn.Linear(6, 4))
+    rows = torch.rand(1, 8, 5)
+    lockstep = Lockstep([network.train()]).train()
+    torch.testing.assert_close(lockstep.scores(lockstep.now, rows)[0], network.eval()(rows[0]))
