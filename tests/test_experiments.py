@@ -17,7 +17,11 @@ sys.path.insert(0, str(EXPERIMENTS / "fang2020"))
     "file", sorted(EXPERIMENTS.rglob("*.toml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
 )
 def test_every_experiment_can_be_read(file: Path) -> None:
-    experiment = trompe.read_experiment(file)
+    experiment: Any
+    if file.parent.name == "zhang2021":  # these make a training set, not a model
+        experiment = trompe.read_poisoning(file)
+    else:
+        experiment = trompe.read_experiment(file)
     assert experiment.paper == file.parent.name
     assert experiment.name.startswith(experiment.paper)
 

@@ -112,16 +112,20 @@ def test_the_readme_shows_fangs_rows() -> None:
 VIERING = ROOT / "results" / "viering2019"
 
 
-def viering() -> Any:
-    """experiments/viering2019/tables.py; Fang's is called tables, too."""
-    file = ROOT / "experiments" / "viering2019" / "tables.py"
-    spec = importlib.util.spec_from_file_location("viering_tables", file)
+def tables_of(paper: str) -> Any:
+    """experiments/<paper>/tables.py; several have this name."""
+    file = ROOT / "experiments" / paper / "tables.py"
+    spec = importlib.util.spec_from_file_location(f"{paper}_tables", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["viering_tables"] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def viering() -> Any:
+    return tables_of("viering2019")
 
 
 @pytest.mark.parametrize("number", ["1", "2"])
@@ -159,3 +163,33 @@ def test_the_readme_and_the_other_pages_show_vierings_rows() -> None:
         rows = json.loads((VIERING / f"{name}.json").read_text())["rows"]
         assert not any(math.isnan(v) for r in rows for v in r.values() if isinstance(v, float))
         assert (VIERING / f"{name}.md").read_text() == page(rows)
+
+
+ZHANG_KEYS = {
+    *("data", "interpreter", "attack", "victims", "targets", "l1_mean", "l1_std"),
+    *("jaccard_top20", "jaccard_half", "class_kept", "victim_accuracy"),
+    *("clean_victim_accuracy", "poison_rate"),
+}
+
+
+def test_zhangs_rows_are_there_and_their_pages_are_made_from_them() -> None:
+    tables = tables_of("zhang2021")
+    file = ROOT / "results" / "zhang2021" / "table2.json"
+    rows = json.loads(file.read_text())["rows"]
+    assert all(set(row) >= ZHANG_KEYS for row in rows)
+    assert all(row["provenance"]["commit"] for row in rows)
+    assert all(row["targets"] == 10 and row["victims"] == 10 for row in rows)
+    main = {
+        (r["data"], r["interpreter"], r["attack"])
+        for r in rows
+        if tables.who(r) == "as trained for" and not r["changed"]
+    }
+    assert main == {
+        (data, interpreter, attack)
+        for data in tables.DATA
+        for interpreter in tables.INTERPRETERS
+        for attack in ("none", "wm", "imf", "eq4")
+    }
+    assert file.with_suffix(".md").read_text() == tables.markdown(rows)
+    readme = (ROOT / "README.md").read_text()
+    assert readme == tables.put_between(readme, "zhang2021", tables.readme_table(rows))

@@ -231,6 +231,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             who(r) != "as trained for",
             who(r),
             r["changed"] != "",
+            r["attack"] != "none",
             -r["poison_rate"],
             order.index(r["attack"]),
             r["models"] or 0,
