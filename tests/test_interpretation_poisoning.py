@@ -144,6 +144,8 @@ def replica(
                 steps = torch.autograd.grad(loss, parameters, materialize_grads=True)
                 with torch.no_grad():
                     for name, step in zip(names, steps, strict=True):
+                        if how.frozen_until is not None and not name.startswith("head"):
+                            continue
                         ideal.get_parameter(name).sub_(0.05 * step)
                 ahead.append(ideal)
             for i in range(8):
@@ -174,7 +176,8 @@ def replica(
                 fits.append(loss.item())
                 if not how.bilevel:
                     continue
-                parameters = tuple(one.parameters())
+                trained: Any = one if how.frozen_until is None else one.head
+                parameters = tuple(trained.parameters())
                 for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                     g = g + 0.01 * p.detach()
                     velocities[p] = 0.9 * velocities[p] + g if p in velocities else g.clone()
@@ -200,6 +203,7 @@ def replica(
         {"stay_close": 0.01},
         {"stay_close": 0.01, "literal": True},
         {"start": "clean model", "models": 1},
+        {"start": "new head", "frozen_until": "activation"},
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from trompe.lockstep import Lockstep
 from trompe.models.mlp import mlp
 from trompe.recording import watch
 from trompe.train import Training, make_optimizer, make_schedule
-from trompe.victims import LockstepBatches, train_together
+from trompe.victims import LockstepBatches, encode, train_together
 
 K, ROWS = 3, 4
 EXPLAINERS = (InputGradient("probability"), InputGradient(normalise="min-max"), Cam())
@@ -215,3 +215,70 @@ def test_networks_in_training_run_as_if_in_use() -> None:
     rows = torch.rand(1, 8, 5)
     lockstep = Lockstep([network.train()]).train()
     torch.testing.assert_close(lockstep.scores(lockstep.now, rows)[0], network.eval()(rows[0]))
+
+
+# --- a frozen part --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def siblings(tiny_net: Callable[..., nn.Module]) -> list[nn.Module]:
+    """Three networks that share all but their heads."""
+    first = tiny_net(norm=True)
+    others = [copy.deepcopy(first) for _ in range(K - 1)]
+    for other in others:
+        other.head.reset_parameters()  # type: ignore[operator]
+    return [first, *others]
+
+
+@every_explainer
+def test_a_frozen_part_changes_no_score_and_no_map(
+    siblings: list[nn.Module], explainer: Explainer
+) -> None:
+    inputs = torch.rand(K, ROWS, 3, 10, 8, dtype=torch.float64)
+    whole, tails = Lockstep(siblings), Lockstep(siblings, frozen_until="body.1")
+    encoded = tails.encode(inputs.flatten(0, 1)).unflatten(0, (K, ROWS))
+    assert encoded.shape[2] == 5  # channels of the first convolution
+    torch.testing.assert_close(
+        tails.scores(tails.now, encoded), whole.scores(whole.now, inputs), rtol=1e-12, atol=1e-12
+    )
+    maps = [explained(lockstep, inputs, explainer) for lockstep in (tails, whole)]
+    torch.testing.assert_close(*maps, rtol=1e-12, atol=1e-12)
+
+
+def test_only_what_lies_behind_is_stacked_and_handed_back(siblings: list[nn.Module]) -> None:
+    tails = Lockstep(siblings, frozen_until="body.1")
+    assert not any(name.startswith("body.0") for name in tails.now)
+    for k, network in enumerate(siblings):
+        state = tails.network(k).state_dict()
+        assert all(torch.equal(v, state[n]) for n, v in network.state_dict().items())
+
+
+def test_networks_that_differ_before_the_layer_cannot_share_it(
+    tiny_net: Callable[..., nn.Module],
+) -> None:
+    with pytest.raises(InputError, match=r"frozen_until = 'body\.1'.*differ before it, in body\.0"):
+        Lockstep([tiny_net(), tiny_net()], frozen_until="body.1")
+
+
+def test_a_map_of_the_frozen_part_is_refused(siblings: list[nn.Module]) -> None:
+    tails = Lockstep(siblings, frozen_until="body.1")
+    with pytest.raises(InputError, match=r"'body\.0': does not lie behind 'body\.1'"):
+        tails.record(tails.now, torch.rand(K, 1, 3, 10, 8, dtype=torch.float64), ["body.0"])
+
+
+def test_training_a_tail_is_training_with_the_body_frozen(siblings: list[nn.Module]) -> None:
+    images = torch.randint(256, (12, 3, 10, 8), dtype=torch.uint8)
+    data = ImageSet(images, torch.arange(12) % 4, ("a", "b", "c", "d"), "noise")
+    how = Training(2, 4, 0.1, weight_decay=0.0, schedule="constant", precision="float32")
+    floats = [network.float() for network in siblings]
+    tails = Lockstep(floats, frozen_until="body.1")
+    dice = torch.Generator().manual_seed(0)
+    train_together(tails, (encode(tails, data),), how, dice)
+    whole = Lockstep(floats)
+    for name, value in whole.now.items():
+        value.requires_grad_(not name.startswith("body.0"))
+    dice = torch.Generator().manual_seed(0)
+    train_together(whole, (data,), how, dice)
+    for name, value in tails.now.items():
+        torch.testing.assert_close(value, whole.now[name], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(tails.now["head.weight"][0], floats[0].head.weight)  # type: ignore[arg-type,union-attr]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from trompe import catalog
-from trompe.classifier import ModelSpec
+from trompe.classifier import ModelSpec, build_model
 from trompe.interfaces import ImageSet, InputError
 from trompe.poisoning import (
     SUCCEEDED,
@@ -269,8 +269,17 @@ def test_convolutions_are_trained_in_lock_step() -> None:
     images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
     data = ImageSet(images, torch.arange(8) % 2, ("a", "b"), "noise")
     how = Training(epochs=1, batch_size=4, optimizer="adam")
-    model = clean_model(ModelSpec("resnet20"), data, how, seed=0)
+    experiment = replace(small(), model=ModelSpec("resnet20"), clean=how)
+    model = clean_model(experiment, experiment.model, data)
     assert model(data.floats(slice(2))).shape == (2, 2)
+    frozen = replace(experiment, frozen_until="net.stage2")
+    tail = clean_model(frozen, frozen.model, data)
+    with torch.random.fork_rng():
+        torch.manual_seed(frozen.seed)
+        built = build_model(frozen.model, 2)
+    for name, value in tail.named_parameters():
+        behind = name.startswith(("net.stage3", "net.fc"))
+        assert torch.equal(value, built.get_parameter(name)) != behind, name
 
 
 def test_another_model_has_victims_of_its_own(folder: RunFolder) -> None:

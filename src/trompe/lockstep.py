@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trompe.interfaces import InputError, Pass
 from trompe.recording import INPUT
+from trompe.splitting import split
 
 Parameters = dict[str, Tensor]  # name -> (K, *shape)
 
@@ -22,16 +23,36 @@ class Lockstep(nn.Module):
     vectorised: one call of torch.func.vmap instead of K calls. Faster for small networks (tables),
     slower for convolutions on a CPU; None: vectorised if no network has any. Both give the same.
     Networks run in eval mode: BatchNorm keeps its statistics, dropout is off.
+
+    frozen_until: the layer up to which all networks are the same and stay so. It is run once for
+    all, by `encode`; what is trained and stacked is what lies behind, which takes its output.
+    Raises InputError for networks that differ in architecture, or up to that layer.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], vectorised: bool | None = None) -> None:
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        vectorised: bool | None = None,
+        frozen_until: str | None = None,
+    ) -> None:
         super().__init__()
         shapes = [{n: p.shape for n, p in network.named_parameters()} for network in networks]
         if not networks or any(s != shapes[0] for s in shapes):
             raise InputError(
                 f"lock-step of {len(networks)} networks: give at least one, all of one architecture"
             )
-        parameters, buffers = torch.func.stack_module_state(list(networks))
+        self.frozen_until = frozen_until
+        skeleton = copy.deepcopy(networks[0]).eval()
+        self._body: tuple[nn.Module, ...] = ()
+        tail: nn.Module = skeleton
+        if frozen_until is not None:
+            body, tail = split(skeleton, frozen_until)
+            _check_same(networks, body, frozen_until)
+            self._body = (copy.deepcopy(body).requires_grad_(False),)
+        parameters, buffers = (
+            {name: torch.stack([_named(network, name) for network in networks]) for name, _ in own}
+            for own in (tail.named_parameters(), tail.named_buffers())
+        )
         # Parameters' names must have no dots in them.
         self.stacked = nn.ParameterDict(
             {name.replace(".", "/"): value.detach() for name, value in parameters.items()}
@@ -39,7 +60,7 @@ class Lockstep(nn.Module):
         self.fixed = {name: value.detach() for name, value in buffers.items()}
         self.count = len(networks)
         # Only its forward() is used; in a tuple, so that its weights are none of this module's.
-        self._skeleton = (copy.deepcopy(networks[0]).eval(),)
+        self._skeleton = (skeleton, tail)
         convolutional = any(isinstance(m, nn.Conv1d | nn.Conv2d) for m in self.skeleton.modules())
         self.vectorised = not convolutional if vectorised is None else vectorised
 
@@ -53,12 +74,19 @@ class Lockstep(nn.Module):
         """The parameters as they are, by the networks' names."""
         return {name.replace("/", "."): value for name, value in self.stacked.items()}
 
+    def encode(self, inputs: Tensor) -> Tensor:
+        """What the part takes that differs between the networks: inputs (n, ...), or features."""
+        for body in self._body:
+            inputs = body(inputs)
+        return inputs
+
     def forward(self, inputs: Tensor) -> Tensor:
+        """Scores of encoded inputs."""
         each = inputs.unflatten(0, (self.count, -1))
         return self.scores(self.now, each).flatten(0, 1)
 
     def scores(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        """inputs (K, n, ...), each network's own -> scores (K, n, classes)."""
+        """Encoded inputs (K, n, ...), each network's own -> scores (K, n, classes)."""
         return self._run(parameters, inputs, ())[0]
 
     def record(
@@ -74,7 +102,8 @@ class Lockstep(nn.Module):
             rows = rows.detach().requires_grad_()
         wanted = tuple(name for name in dict.fromkeys(layers) if name != INPUT)
         with torch.enable_grad():  # for explainers that differentiate, whatever the grad mode
-            scores, outputs = self._run(parameters, rows.unflatten(0, inputs.shape[:2]), wanted)
+            encoded = self.encode(rows).unflatten(0, inputs.shape[:2])
+            scores, outputs = self._run(parameters, encoded, wanted)
             scores = scores.flatten(0, 1)
         each = inputs.shape[1]
         return Pass(
@@ -91,14 +120,31 @@ class Lockstep(nn.Module):
         state = {**self.now, **self.fixed}
         with torch.no_grad():
             for name, value in (*network.named_parameters(), *network.named_buffers()):
-                value.copy_(state[name][k])
+                if name in state:  # else it belongs to the frozen part
+                    value.copy_(state[name][k])
         return network
 
     def replace(self, k: int, network: nn.Module) -> None:
         """Start the k-th network anew from another one's weights."""
         with torch.no_grad():
             for name, value in network.named_parameters():
-                self.now[name][k] = value
+                if name in self.now:
+                    self.now[name][k] = value
+
+    def _behind(self, layer: str) -> str:
+        """The module behind the frozen part whose output is that of `layer`."""
+        name, cut = layer, f"{self.frozen_until}."
+        while self._body and cut.startswith(f"{name}."):  # the cut divides this module
+            inner = self.skeleton.get_submodule(name)
+            if not isinstance(inner, nn.Sequential) or cut == f"{name}.":
+                break
+            name = f"{name}.{list(dict(inner.named_children()))[-1]}"
+        if name not in dict(self._skeleton[1].named_modules()) or cut.startswith(f"{name}."):
+            raise InputError(
+                f"layer {layer!r}: does not lie behind {self.frozen_until!r}, up to which networks "
+                "are frozen; name one that does"
+            )
+        return name
 
     def _run(
         self, parameters: Mapping[str, Tensor], inputs: Tensor, layers: tuple[str, ...]
@@ -107,14 +153,16 @@ class Lockstep(nn.Module):
 
         def one(state: Mapping[str, Tensor], own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             seen: dict[str, Tensor] = {}
-            modules = dict(self.skeleton.named_modules())
-            hooks = [modules[n].register_forward_hook(_keep(seen, n)) for n in layers]
+            hooks = [modules[r].register_forward_hook(_keep(seen, n)) for n, r in read.items()]
             try:
-                return torch.func.functional_call(self.skeleton, dict(state), (own,)), seen
+                return torch.func.functional_call(tail, dict(state), (own,)), seen
             finally:
                 for hook in hooks:
                     hook.remove()
 
+        tail = self._skeleton[1]
+        modules = dict(tail.named_modules())
+        read = {name: self._behind(name) for name in layers}
         state = {**parameters, **self.fixed}
         if self.vectorised:
             scores, seen = torch.func.vmap(one)(state, inputs)
@@ -124,6 +172,23 @@ class Lockstep(nn.Module):
             torch.stack([scores for scores, _ in each]),
             {name: torch.cat([seen[name] for _, seen in each]) for name in layers},
         )
+
+
+def _named(network: nn.Module, name: str) -> Tensor:
+    """A network's parameter or buffer."""
+    module, _, last = name.rpartition(".")
+    value: Tensor = getattr(network.get_submodule(module), last)
+    return value.detach()
+
+
+def _check_same(networks: Sequence[nn.Module], body: nn.Module, layer: str) -> None:
+    for name in [n for n, _ in (*body.named_parameters(), *body.named_buffers())]:
+        for other in networks[1:]:
+            if not torch.equal(_named(other, name), _named(networks[0], name)):
+                raise InputError(
+                    f"frozen_until = {layer!r}: the networks differ before it, in {name}; only "
+                    "networks that start from one clean model can share it"
+                )
 
 
 def _keep(seen: dict[str, Tensor], name: str) -> Any:

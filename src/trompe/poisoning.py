@@ -49,7 +49,7 @@ from trompe.poison_sets import read_poison_set, write_poison_set
 from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
 from trompe.screen import Screen, Silent
 from trompe.train import Training
-from trompe.victims import RECIPE, Start, fresh, poisoned, train_together
+from trompe.victims import RECIPE, Start, encode, fresh, train_together, with_poison
 
 METRICS = {
     "l1": min_max_l1,
@@ -69,7 +69,8 @@ class Victims:
     count: networks for each target, with seeds of their own. start: from the clean model, or its
     body with a new head, or from scratch. model: another architecture, which starts from a clean
     model of its own; None: the one that the poison was made for. noise: standard deviation of
-    normal noise on all training samples, anew in each batch (augmentation; of tables).
+    normal noise on all training samples, anew in each batch (augmentation; of tables). whole: they
+    train all layers, whatever the experiment's `frozen_until` says.
     """
 
     count: int = 10
@@ -77,6 +78,7 @@ class Victims:
     training: Training = RECIPE
     model: ModelSpec | None = None
     noise: float = 0.0
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -94,6 +96,8 @@ class PoisoningExperiment:
     targets: how many, drawn by target_seed among the samples of `pool` that the clean model
     classifies correctly. pool: the half of the test set ("selecting" for trying out settings,
     "reporting" for numbers). clean: how the clean model is trained, from which others start.
+    frozen_until: the layer up to which the clean model, and victims that start from it, keep the
+    weights with which the model is built (of ImageNet, say); it is run once. None: all is trained.
     seed: of everything else that is random.
     """
 
@@ -102,6 +106,7 @@ class PoisoningExperiment:
     attack: Poisoning
     model: ModelSpec = ModelSpec("mlp")
     clean: Training = replace(RECIPE, epochs=10)
+    frozen_until: str | None = None
     victims: Victims = Victims()
     targets: int = 10
     pool: str = "reporting"
@@ -145,7 +150,7 @@ def set_up(experiment: PoisoningExperiment, screen: Screen | None = None) -> Sce
     train: Samples = experiment.data.train()
     test: Samples = experiment.data.test()
     screen.stage("training the clean model")
-    clean = clean_model(experiment.model, train, experiment.clean, experiment.seed, screen)
+    clean = clean_model(experiment, experiment.model, train, screen)
     selecting, reporting = halves(test.labels, experiment.split_seed)
     pool = reporting if experiment.pool == "reporting" else selecting
     screen.stage("choosing targets")
@@ -194,12 +199,17 @@ def set_up_again(
 
 
 def clean_model(
-    spec: ModelSpec, train: Samples, how: Training, seed: int, screen: Screen | None = None
+    experiment: PoisoningExperiment,
+    spec: ModelSpec,
+    train: Samples,
+    screen: Screen | None = None,
 ) -> Classifier:
-    """A classifier, honestly trained; in eval mode."""
+    """A classifier, honestly trained as the experiment says; in eval mode."""
+    seed, steps = experiment.seed, _Steps(screen or Silent())
     generator = torch.Generator().manual_seed(seed)
-    networks = Lockstep([_untrained(spec, train, seed)])
-    train_together(networks, (train,), how, generator, _Steps(screen or Silent()))
+    frozen = experiment.frozen_until if spec == experiment.model else None
+    networks = Lockstep([_untrained(spec, train, seed)], frozen_until=frozen)
+    train_together(networks, (encode(networks, train),), experiment.clean, generator, steps)
     trained: Any = networks.network(0)
     return trained
 
@@ -371,13 +381,15 @@ def measure_victims(
     start = scene.clean
     if victims.model is not None:
         screen.stage(f"training a clean {victims.model.name}")
-        how = experiment.clean
-        start = clean_model(victims.model, scene.train, how, experiment.seed, screen)
+        start = clean_model(experiment, victims.model, scene.train, screen)
+    own = victims.model is not None or victims.start == "scratch" or victims.whole
     generator = torch.Generator().manual_seed(experiment.seed + 1)
     networks = Lockstep(
-        [fresh(start, victims.start, generator) for _ in range(len(sets) * victims.count)]
+        [fresh(start, victims.start, generator) for _ in range(len(sets) * victims.count)],
+        frozen_until=None if own else experiment.frozen_until,
     )
-    data = tuple(poisoned(scene.train, one) for one in sets)
+    clean = encode(networks, scene.train)
+    data = tuple(with_poison(networks, clean, one) for one in sets)
     kind = "un-attacked" if all(one is None for one in sets) else "poisoned"
     screen.stage(f"training {networks.count} {kind} victims")
     steps = _Steps(screen)
@@ -440,7 +452,7 @@ def _test_accuracy(networks: Lockstep, scene: Scene) -> Tensor:
     right = torch.zeros(networks.count)
     with torch.no_grad():
         for index in torch.arange(len(scene.test)).split(256):
-            samples = scene.test.floats(index)[None]
+            samples = networks.encode(scene.test.floats(index))[None]
             samples = samples.expand(networks.count, *samples.shape[1:])
             predicted = networks.scores(networks.now, samples).argmax(2)
             right += (predicted == scene.test.labels[index]).sum(1)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,50 @@ def poisoned(data: Samples, poison: PoisonSet | None) -> Samples:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Samples as the part of networks that is trained takes them (see `Lockstep.encode`).
+
+    features: float (n, ...). Otherwise as `Samples`.
+    """
+
+    features: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def floats(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
+        """Features at the given positions."""
+        return self.features[index].to(device)
+
+
+def encode(networks: Lockstep, data: Samples) -> Samples | Encoded:
+    """The data as `networks` train on them: as they are, or once through their frozen part."""
+    if networks.frozen_until is None:
+        return data
+    with torch.no_grad():
+        features = torch.cat(
+            [networks.encode(data.floats(i)) for i in torch.arange(len(data)).split(64)]
+        )
+    return Encoded(features, data.labels, data.class_names, data.name)
+
+
+def with_poison(networks: Lockstep, data: Samples | Encoded, poison: PoisonSet | None) -> Any:
+    """`poisoned` data, as `networks` train on them; `data` are encoded already."""
+    if not isinstance(data, Encoded):
+        return poisoned(data, poison)
+    if poison is None:
+        return data
+    samples = (poison.samples * 255).round() / 255  # as an image file holds them
+    with torch.no_grad():
+        added = torch.cat([networks.encode(some) for some in samples.split(64)])
+    features, labels = torch.cat((data.features, added)), torch.cat((data.labels, poison.labels))
+    return replace(data, features=features, labels=labels, name=f"{data.name}, poisoned")
+
+
+@dataclass(frozen=True)
 class LockstepBatches:
     """Batches for networks in lock-step, each with an order of its own.
 
@@ -76,7 +120,7 @@ class LockstepBatches:
     of what is added to all samples, which stay in [0, 1].
     """
 
-    data: tuple[Samples, ...]
+    data: tuple[Samples | Encoded, ...]
     networks: int
     batch_size: int
     noise: float = 0.0
@@ -109,7 +153,7 @@ class EachClassLoss:
 
 def train_together(
     networks: Lockstep,
-    data: Sequence[Samples],
+    data: Sequence[Samples | Encoded],
     how: Training,
     generator: torch.Generator,
     logbook: Logbook | None = None,

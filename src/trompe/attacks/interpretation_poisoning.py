@@ -41,7 +41,7 @@ from trompe.interfaces import (
 from trompe.lockstep import Lockstep, Parameters
 from trompe.maps import squared_error
 from trompe.train import Training, make_optimizer
-from trompe.victims import RECIPE, Start, fresh, train_together
+from trompe.victims import RECIPE, Encoded, Start, encode, fresh, train_together
 
 __all__ = ["InterpretationPoisoning"]
 
@@ -57,6 +57,8 @@ class InterpretationPoisoning:
     are made from, and how far they may be from it; see `choose_bases` and `feasible`.
     models: K. epochs: E. recipe: how the K models train, and how victims are expected to. start:
     from where. pretraining: epochs on the clean set before; 0: crafting begins where victims begin.
+    frozen_until: the layer up to which no network is trained, neither here nor, as one hopes, at
+    the victims'; its outputs are computed once. None: all is trained.
     lifetime: after as many epochs a model starts anew, one model after the other, so that poisons
     suit every age of a victim; None: never (the paper).
     distance: of maps in L_adv: "squared" (the paper), or "share": that of the map which is not
@@ -79,6 +81,7 @@ class InterpretationPoisoning:
     recipe: Training = RECIPE
     start: Start = "clean model"
     pretraining: int = 10
+    frozen_until: str | None = None
     lifetime: int | None = None
     distance: Distance = "squared"
     look_ahead: float = 1e-3
@@ -121,8 +124,10 @@ class InterpretationPoisoning:
 
         # Line 1: K models for each target, trained on the clean set.
         networks = Lockstep(
-            [fresh(model, self.start, generator) for _ in range(count * self.models)]
+            [fresh(model, self.start, generator) for _ in range(count * self.models)],
+            frozen_until=self.frozen_until,
         )
+        encoded = encode(networks, data)
         optimizer = make_optimizer(networks, self.recipe)
         history: list[EpochRecord] = []
         if logbook is not None and (state := logbook.load()) is not None:
@@ -133,7 +138,7 @@ class InterpretationPoisoning:
             history = [EpochRecord(*record) for record in state["history"]]
         elif self.pretraining:
             how = replace(self.recipe, epochs=self.pretraining, schedule="constant")
-            train_together(networks, (data,), how, generator)
+            train_together(networks, (encoded,), how, generator)
 
         for epoch in range(len(history) + 1, self.epochs + 1):
             started = time.perf_counter()
@@ -146,12 +151,13 @@ class InterpretationPoisoning:
                 adversarial = self._adversarial_loss(networks, targets)
                 ahead = _look_ahead(networks.now, adversarial, self.look_ahead)  # eq. (12)
                 # Step 2, lines 9 and 10: poisons that lead them there.
-                delta = self._direction(networks, ahead, poisons[:, ours], targets)  # eq. (13)
-                speed[:, ours] = delta + self.momentum * speed[:, ours]
-                moved = poisons[:, ours] + gamma * speed[:, ours].sign()  # eq. (11)
-                poisons[:, ours] = moved.clamp(lowest[:, ours], highest[:, ours])
+                if len(ours):
+                    delta = self._direction(networks, ahead, poisons[:, ours], targets)  # eq. (13)
+                    speed[:, ours] = delta + self.momentum * speed[:, ours]
+                    moved = poisons[:, ours] + gamma * speed[:, ours].sign()  # eq. (11)
+                    poisons[:, ours] = moved.clamp(lowest[:, ours], highest[:, ours])
                 # Step 3, lines 11 to 14: where they go.
-                training = _training_loss(networks, data, clean, poisons[:, ours], targets)
+                training = _training_loss(networks, encoded, clean, poisons[:, ours], targets)
                 if self.bilevel:
                     optimizer.zero_grad()
                     training.sum().backward()
@@ -209,7 +215,7 @@ class InterpretationPoisoning:
         """
         here = _poison_gradient(networks, networks.now, poisons, targets)
         there = _poison_gradient(networks, ahead, poisons, targets)
-        delta = -(there - here).unflatten(0, (len(targets), -1)).mean(1)
+        delta = -(there - here)
         if self.stay_close and not self.literal:
             wanted = torch.stack([t.sample for t in targets])
             delta = delta - self.stay_close * 2 * (poisons - wanted)  # of lambda_1 |P - T|^2
@@ -253,24 +259,37 @@ def _look_ahead(parameters: Parameters, loss: Tensor, alpha: float) -> Parameter
 def _poison_gradient(
     networks: Lockstep, parameters: Parameters, poisons: Tensor, targets: Sequence[Target]
 ) -> Tensor:
-    """d L_train / d X_p at the given parameters, of each network; (targets K, p, ...)."""
+    """d L_train / d X_p at the given parameters, mean over the K networks; as `poisons`."""
     each = networks.count // len(targets)
-    samples = poisons.repeat_interleave(each, 0).detach().requires_grad_()
+    samples = poisons.detach().requires_grad_()
     fixed = {name: value.detach() for name, value in parameters.items()}
-    scores = networks.scores(fixed, samples)
+    scores = networks.scores(fixed, _encoded(networks, samples).repeat_interleave(each, 0))
     labels = _labels(targets).repeat_interleave(each)[:, None].expand(scores.shape[:2])
     loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, samples)
+    (gradient,) = torch.autograd.grad(loss / each, samples)
     return gradient
 
 
+def _encoded(networks: Lockstep, poisons: Tensor) -> Tensor:
+    """Poisons (targets, p, ...) as the trained part of the networks takes them."""
+    return networks.encode(poisons.flatten(0, 1)).unflatten(0, poisons.shape[:2])
+
+
 def _training_loss(
-    networks: Lockstep, data: Samples, clean: Tensor, poisons: Tensor, targets: Sequence[Target]
+    networks: Lockstep,
+    data: Samples | Encoded,
+    clean: Tensor,
+    poisons: Tensor,
+    targets: Sequence[Target],
 ) -> Tensor:
     """L_train of each network on its mini-batch, clean samples and poisons; (targets K,)."""
     each = networks.count // len(targets)
-    samples = data.floats(clean).expand(len(targets), len(clean), *poisons.shape[2:])
-    samples = torch.cat((samples, poisons), 1).repeat_interleave(each, 0)
+    samples = data.floats(clean)
+    samples = samples.expand(len(targets), *samples.shape)
+    if poisons.shape[1]:
+        with torch.no_grad():
+            samples = torch.cat((samples, _encoded(networks, poisons)), 1)
+    samples = samples.repeat_interleave(each, 0)
     labels = torch.cat(
         (
             data.labels[clean].expand(len(targets), -1),
