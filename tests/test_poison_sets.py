@@ -115,13 +115,32 @@ def word_for_label(folder: Path) -> None:
     (folder / "poison.json").write_text(json.dumps({**card, "label": "one"}))
 
 
-def no_bases(folder: Path) -> None:
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """The set with its tensors changed, and a card that knows."""
     file = folder / "poison.safetensors"
-    tensors = {k: v for k, v in safetensors.torch.load_file(file).items() if k != "bases"}
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
     safetensors.torch.save_file(tensors, file)
     card = json.loads((folder / "poison.json").read_text())
     card["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     (folder / "poison.json").write_text(json.dumps(card))
+
+
+def no_bases(folder: Path) -> None:
+    rewritten(folder, lambda tensors: tensors.pop("bases"))
+
+
+def fewer_bases(folder: Path) -> None:
+    rewritten(folder, lambda tensors: tensors.update(bases=tensors["bases"][1:]))
+
+
+def another_target(folder: Path) -> None:
+    rewritten(folder, lambda tensors: tensors.update(target=tensors["target"][:, 1:]))
+
+
+def unknown_label(folder: Path) -> None:
+    card = json.loads((folder / "poison.json").read_text())
+    (folder / "poison.json").write_text(json.dumps({**card, "label": 7}))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +155,9 @@ def no_bases(folder: Path) -> None:
         (no_label, "lacks 'label'; craft it again"),
         (word_for_label, "'one'.*; craft it again"),
         (no_bases, "lacks 'bases'; craft it again"),
+        (fewer_bases, "do not belong together; craft it again"),
+        (another_target, "do not belong together; craft it again"),
+        (unknown_label, "label 7 is none of its 2 classes"),
     ],
 )
 def test_what_is_damaged_missing_or_odd_is_refused(

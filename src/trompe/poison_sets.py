@@ -86,15 +86,29 @@ def read_poison_set(folder: Path) -> PoisonSet:
         )
     try:
         target = Target(tensors["target"], int(card["label"]), tensors["wanted_map"])
-        return PoisonSet(
+        poison = PoisonSet(
             tensors["samples"],
             tensors["labels"],
             tensors["bases"],
             tensors["base_index"],
             target,
         )
+        classes = len(card["class_names"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"poison set {folder}: lacks {error}; craft it again") from error
+    shapes = (poison.samples.shape, poison.bases.shape, (len(poison), *target.sample.shape[1:]))
+    if len(set(map(tuple, shapes))) > 1 or len(poison.base_index) != len(poison):
+        raise InputError(
+            f"poison set {file}: its samples {tuple(shapes[0])}, bases {tuple(shapes[1])}, "
+            f"{len(poison)} labels and target {tuple(target.sample.shape)} do not belong together; "
+            "craft it again"
+        )
+    if not 0 <= target.label < classes:
+        raise InputError(
+            f"poison set {folder}: label {target.label} is none of its {classes} classes; craft it "
+            "again"
+        )
+    return poison
 
 
 def _write_png(image: Tensor, file: Path) -> None:
