@@ -11,8 +11,8 @@ explain one chosen sample T as the adversary likes. Models and samples are updat
 | its second term, lambda_1 (P - T)^2              | `_direction`, unless `literal`          |
 | step 1, the ideal update, eqs. (6) and (12)      | `_look_ahead`                           |
 | step 2, delta_X, eqs. (7) to (10), (13)          | `_direction`                            |
-| X_p <- X_p + gamma delta_X, eq. (11); projection | `_moved`                                |
-| step 3, one honest step, eq. (14)                | `_honest_step`                          |
+| X_p <- X_p + gamma delta_X, eq. (11); projection | `__call__`, `feasible` in _bases.py     |
+| step 3, one honest step, eq. (14)                | `__call__`, `_training_loss`            |
 | K models, section 4.3                            | lockstep.py                             |
 | Algorithm 1                                      | `InterpretationPoisoning.__call__`      |
 | eq. (4), without retraining                      | `bilevel = False`                       |
