@@ -7,9 +7,11 @@ import torch
 
 from trompe import catalog
 from trompe.classifier import ModelSpec, build_model
+from trompe.explainers.cam import Cam
 from trompe.explainers.gradcam import GradCam
 from trompe.explainers.visual_backprop import VisualBackProp
 from trompe.models.mlp import mlp
+from trompe.recording import watch
 
 # parameters, the layer that Grad-CAM finds, its channels
 KNOWN = {"resnet20": (269_722, "net.stage3", 64), "vgg_small": (814_570, "net.features", 128)}
@@ -50,8 +52,17 @@ def test_visual_backprop_finds_its_stages(name: str) -> None:
     assert len(VisualBackProp().watches(model)) == {"resnet20": 10, "vgg_small": 6}[name]
 
 
-def test_models_of_tables_are_those_tested_here() -> None:
-    assert [name for name in catalog.names("models") if of_tables(name)] == ["mlp"]
+@pytest.mark.parametrize("name", [name for name in catalog.names("models") if of_tables(name)])
+def test_networks_of_tables_end_in_relu_units_and_a_linear_layer(name: str) -> None:
+    model = catalog.find("models", name)(num_classes=3, num_features=5, hidden=7)
+    assert model(torch.rand(2, 5)).shape == (2, 3)
+    assert Cam().watches(model) == ("activation",)
+    with watch(model, ["activation"]) as record:
+        seen = record(torch.rand(2, 5))
+    units = seen.outputs["activation"]
+    assert units.shape == (2, 7)
+    assert bool((units >= 0).all())
+    torch.testing.assert_close(seen.scores, model.head(units))
 
 
 def test_mlp_is_two_layers_with_relu_between() -> None:
