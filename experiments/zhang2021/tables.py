@@ -266,11 +266,17 @@ def readme_table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     main = [r for r in rows if who(r) == "as trained for" and r["poison_rate"] == 0.1]
-    for r in main:
-        if r["attack"] in ("wm", "imf") and r["models"] in (None, 4) and not r["changed"]:
+    names = list(INTERPRETERS)
+    for r in sorted(
+        main,
+        key=lambda r: (DATA.index(r["data"]), names.index(r["interpreter"]), r["attack"] != "wm"),
+    ):
+        shown = r["changed"] in ("", "categories stay") and r["models"] in (None, 4)
+        if r["attack"] in ("wm", "imf") and shown:
             l1, jaccard = PAPER[r["interpreter"], r["attack"]]
             lines.append(
-                f"| {r['data']}, {r['interpreter'].upper()} | {r['attack'].upper()} "
+                f"| {r['data']}, {r['interpreter'].upper()} "
+                f"| {r['attack'].upper()}{', ' * bool(r['changed'])}{r['changed']} "
                 f"| {r['l1_mean']:.2f} ({l1:.2f}) | {r['l1_unattacked']:.2f} "
                 f"| {r['jaccard_top20']:.2f} ({jaccard:.2f}) "
                 f"| {r['jaccard_top20_unattacked']:.2f} |"
