@@ -21,7 +21,8 @@ from trompe.poison_sets import write_poison_set
 from trompe.report.poison_pictures import draw_maps, draw_poisons
 from trompe.runs import RunFolder
 
-FEATURES = tuple(f"feature {i}" for i in range(24))
+DOLLARS = "$11-$25k"  # no formula
+FEATURES = (*(f"feature {i}" for i in range(23)), DOLLARS)
 WANTED = (3, 20)  # places where the maps of tables are wanted
 HISTORY = tuple(EpochRecord(e, {"adversarial": 1 / e, "training": 2 / e}, {}, 1.0) for e in (1, 2))
 
@@ -129,6 +130,7 @@ def test_a_tables_sheet_shows_what_was_changed_most(
     rows = [label.get_text() for label in left.get_yticklabels()]
     assert len(rows) == 20
     assert rows[0] == "feature 20"
+    assert r"\$11-\$25k" in rows
     widths = [bar.get_width() for bar in right.containers[0]]
     assert widths[0] == pytest.approx(0.1, abs=1e-4)
     assert widths[1] == pytest.approx(-0.01, abs=1e-4)

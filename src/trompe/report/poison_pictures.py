@@ -52,7 +52,7 @@ class _Set(NamedTuple):
     @property
     def title(self) -> str:
         number = int(self.folder.name.removeprefix("poison-")) + 1
-        return f"target {number}, {self.card['class_names'][self.card['label']]}"
+        return f"target {number}, {_literally(self.card['class_names'][self.card['label']])}"
 
     def places(self) -> list[str]:
         """Names of the map's places: features, or a layer's units."""
@@ -281,7 +281,12 @@ def _name_places(axis: Axes, names: list[str]) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…"
+    return _literally(name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…")
+
+
+def _literally(name: str) -> str:
+    """matplotlib takes what stands between two dollar signs for a formula."""
+    return name.replace("$", r"\$")
 
 
 def _pixels(image: Tensor) -> np.ndarray:
