@@ -504,3 +504,11 @@ def test_commands_say_which_other_one_an_experiment_or_folder_is_for(
     ):
         assert expected in mistake(words, capsys, monkeypatch)
     assert not (tmp_path / "runs").exists()
+
+
+def test_python_runs_it_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trompe", "list", "models"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resnet20" in done.stdout
