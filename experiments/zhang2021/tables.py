@@ -10,7 +10,6 @@ Poison sets are kept in --root and not made twice. Rows are kept one by one; tho
 """
 
 import argparse
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from trompe.files import put_between, read_json, unite_rows, write_atomically
 from trompe.interfaces import PoisonSet
 from trompe.machine import choose_threads
 from trompe.poisoning import (
+    SUCCEEDED,
     PoisoningExperiment,
     Scene,
     Victims,
@@ -35,6 +35,7 @@ from trompe.poisoning import (
     poison_sets,
     read_poisoning,
     set_up,
+    succeeded,
 )
 from trompe.runs import provenance
 from trompe.screen import progress_bars
@@ -71,7 +72,6 @@ PAPER = {  # Table 2: L1, Jaccard, on the fracture data
     ("cam", "wm"): (0.79, 0.17),
     ("cam", "imf"): (0.50, 0.40),
 }
-SUCCEEDED = 0.8  # a target counts whose mean L1 is at most this share of its un-attacked mean
 KEYS = (
     *("data", "interpreter", "attack", "changed", "poison_rate", "models"),
     *("start", "network", "noise"),
@@ -151,10 +151,6 @@ def row(
     measured: dict[str, Any],
     unattacked: dict[str, Any],
 ) -> dict[str, Any]:
-    own, usual = (
-        [statistics.mean(of_target) for of_target in m["values"]["l1"]]
-        for m in (measured, unattacked)
-    )
     attack: Any = experiment.attack
     none = cell.attack == "none"
     return {
@@ -180,7 +176,7 @@ def row(
         "class_kept": measured["class_kept"],
         "victim_accuracy": measured["victim_accuracy"],
         "clean_victim_accuracy": unattacked["victim_accuracy"],
-        "succeeded": sum(a <= SUCCEEDED * b for a, b in zip(own, usual, strict=True)) / len(own),
+        "succeeded": succeeded(unattacked, measured),
         "seed": experiment.seed,
         "settings": describe(replace(experiment, victims=cell.victims)),
         "provenance": provenance(torch.device("cpu")),

@@ -112,7 +112,7 @@ LEAST_STD = 0.1  # of a table's column in [0, 1]: a rare category must not outwe
 
 
 def build_table_model(spec: ModelSpec, data: TableSet) -> Classifier:
-    """A new classifier of rows, which standardises columns by those of `data`, if spec has no own.
+    """A new classifier of rows, which standardises columns by those of `data`.
 
     Its random weights come from torch's global generator. Raises InputError for an unknown name or
     a model that takes no num_features.

@@ -104,7 +104,9 @@ def with_poison(networks: Lockstep, data: Samples | Encoded, poison: PoisonSet |
         return poisoned(data, poison)
     if poison is None:
         return data
-    samples = (poison.samples * 255).round() / 255  # as an image file holds them
+    samples = poison.samples
+    if samples.ndim == 4:
+        samples = (samples * 255).round() / 255  # as an image file holds them
     with torch.no_grad():
         added = torch.cat([networks.encode(some) for some in samples.split(64)])
     features, labels = torch.cat((data.features, added)), torch.cat((data.labels, poison.labels))
