@@ -169,8 +169,13 @@ def test_un_attacked_victims_are_those_of_the_clean_set_with_the_same_seeds(
     experiment = small()
     numbers = victims_of(folder)
     scene = set_up(experiment)
-    alone = measure_victims(scene, [None, None], experiment.victims, experiment)
+    alone = measure_victims(scene, None, experiment.victims, experiment)
     assert alone.numbers == numbers["unattacked"]
+    # Each target is shown to the same victims, alone or beside others.
+    one = replace(scene, targets=scene.targets[1:], positions=scene.positions[1:])
+    second = measure_victims(one, None, experiment.victims, experiment).numbers["values"]
+    for name, values in alone.numbers["values"].items():
+        assert second[name] == [pytest.approx(values[1])], name
 
 
 def test_a_scene_is_set_up_again_from_the_folder_alone(folder: RunFolder) -> None:

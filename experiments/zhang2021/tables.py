@@ -23,7 +23,6 @@ from trompe.catalog import describe
 from trompe.classifier import ModelSpec
 from trompe.experiment import experiment_table
 from trompe.files import put_between, read_json, unite_rows, write_atomically
-from trompe.interfaces import PoisonSet
 from trompe.machine import choose_threads
 from trompe.poisoning import (
     SUCCEEDED,
@@ -309,10 +308,8 @@ def run_all(data: str, interpreter: str, chosen: argparse.Namespace, bars: Any) 
             bars.stage(f"{experiment.name}: {part}")
             scene = scene or set_up(first, bars)
             if cell.victims not in clean:
-                none: list[PoisonSet | None] = [None] * len(scene.targets)
-                clean[cell.victims] = measure_victims(
-                    scene, none, cell.victims, first, bars
-                ).numbers
+                measured = measure_victims(scene, None, cell.victims, first, bars).numbers
+                clean[cell.victims] = measured
             measured = clean[cell.victims]
             if cell.attack != "none":
                 sets = poison_sets(poison(experiment, chosen.root, bars))

@@ -151,8 +151,7 @@ def set_up(experiment: PoisoningExperiment, screen: Screen | None = None) -> Sce
     test: Samples = experiment.data.test()
     screen.stage("training the clean model")
     clean = clean_model(experiment, experiment.model, train, screen)
-    selecting, reporting = halves(test.labels, experiment.split_seed)
-    pool = reporting if experiment.pool == "reporting" else selecting
+    pool = _pool(experiment, test)
     screen.stage("choosing targets")
     said = answers(clean, (experiment.attack.explainer,), test, explained="label")
     right = pool[said.scores[pool].argmax(1) == test.labels[pool]]
@@ -326,7 +325,7 @@ def victims_of(
     scene = set_up_again(folder, experiment, screen)
     made = provenance(torch.device("cpu"))
     started = time.perf_counter()
-    before = measure_victims(scene, [None] * len(sets), victims, experiment, screen)
+    before = measure_victims(scene, None, victims, experiment, screen)
     after = measure_victims(scene, sets, victims, experiment, screen)
     wanted = torch.cat([target.wanted_map for target in scene.targets])
     folder.write_tensors(
@@ -371,45 +370,53 @@ class Measured(NamedTuple):
 
 def measure_victims(
     scene: Scene,
-    sets: Sequence[PoisonSet | None],
+    sets: Sequence[PoisonSet] | None,
     victims: Victims,
     experiment: PoisoningExperiment,
     screen: Screen | None = None,
 ) -> Measured:
-    """Train victims on each target's poisoned set (None: on the clean one), and look at its map."""
+    """Train victims on each target's poisoned set, and look at its map.
+
+    sets: one for each target; None: they train on the clean set, the same victims for all targets.
+    Their accuracy is that on the half of the test set from which targets are drawn.
+    """
     screen = screen or Silent()
     start = scene.clean
     if victims.model is not None:
         screen.stage(f"training a clean {victims.model.name}")
         start = clean_model(experiment, victims.model, scene.train, screen)
+    groups = 1 if sets is None else len(sets)
     own = victims.model is not None or victims.start == "scratch" or victims.whole
     generator = torch.Generator().manual_seed(experiment.seed + 1)
     networks = Lockstep(
-        [fresh(start, victims.start, generator) for _ in range(len(sets) * victims.count)],
+        [fresh(start, victims.start, generator) for _ in range(groups * victims.count)],
         frozen_until=None if own else experiment.frozen_until,
     )
     clean = encode(networks, scene.train)
-    data = tuple(with_poison(networks, clean, one) for one in sets)
-    kind = "un-attacked" if all(one is None for one in sets) else "poisoned"
+    data = (clean,) if sets is None else tuple(with_poison(networks, clean, s) for s in sets)
+    kind = "un-attacked" if sets is None else "poisoned"
     screen.stage(f"training {networks.count} {kind} victims")
     steps = _Steps(screen)
     train_together(networks, data, victims.training, generator, steps, victims.noise)
     screen.stage("measuring the victims")
-    evidence = _evidence(networks, scene, experiment.attack.explainer)
+    evidence = _evidence(networks, scene, experiment.attack.explainer, victims.count)
     values = {
-        name: metric(evidence).unflatten(0, (len(sets), -1)) for name, metric in METRICS.items()
+        name: metric(evidence).unflatten(0, (len(scene.targets), -1))
+        for name, metric in METRICS.items()
     }
-    right = _test_accuracy(networks, scene)
+    right = _test_accuracy(networks, scene, experiment)
     numbers = {
-        "targets": len(sets),
+        "targets": len(scene.targets),
         "victims": victims.count,
         "victim_accuracy": float(right.mean()),
         **{name: float(v.nanmean()) for name, v in values.items()},
         "l1_std": float(values["l1"].std()),
-        "l1_std_targets": float(values["l1"].mean(1).std()),
+        "l1_std_targets": float(
+            values["l1"].mean(1).std(correction=min(1, len(scene.targets) - 1))
+        ),
         "values": {name: v.tolist() for name, v in values.items()},
     }
-    maps = normalise(evidence.maps, "min-max").unflatten(0, (len(sets), -1)).mean(1)
+    maps = normalise(evidence.maps, "min-max").unflatten(0, (len(scene.targets), -1)).mean(1)
     return Measured(numbers, maps)
 
 
@@ -428,32 +435,42 @@ class _Steps:
         self.screen.step(epoch, step, steps, terms)
 
 
-def _evidence(networks: Lockstep, scene: Scene, explainer: Explainer) -> Evidence:
-    """What each victim says of its target; one row a victim."""
-    each = networks.count // len(scene.targets)
+def _evidence(networks: Lockstep, scene: Scene, explainer: Explainer, victims: int) -> Evidence:
+    """What victims say of targets: (targets victims) rows, a target's victims one after the other.
 
-    def repeated(values: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(values)).repeat_interleave(each, 0)
-
-    labels = repeated([torch.tensor(t.label) for t in scene.targets])
+    Each network is asked for its own target only; if there is one group of them, for all targets.
+    """
+    targets = len(scene.targets)
+    asked = targets if networks.count == victims else 1  # targets a network
+    samples = torch.cat([t.sample for t in scene.targets])
+    ours = torch.arange(targets).repeat_interleave(victims)[:, None]  # (networks, asked)
+    if asked > 1:
+        ours = torch.arange(targets).expand(victims, targets)
+    labels = torch.tensor([t.label for t in scene.targets])[ours].flatten()
     with torch.no_grad():
-        seen = networks.record(
-            networks.now,
-            repeated([t.sample for t in scene.targets]),
-            explainer.watches(networks.skeleton),
-        )
-        maps = explainer(seen, labels)
-    wanted = repeated([t.wanted_map[0] for t in scene.targets])
-    return Evidence(labels, labels, wanted, seen.scores.detach(), maps.detach(), scene.test.size)
+        seen = networks.record(networks.now, samples[ours], explainer.watches(networks.skeleton))
+        maps = explainer(seen, labels).detach()
+    wanted = torch.cat([t.wanted_map for t in scene.targets])[ours].flatten(0, 1)
+    rows = torch.arange(targets * victims).unflatten(0, (-1, asked)).T.flatten()
+    labels = labels[rows]
+    scores = seen.scores.detach()[rows]
+    return Evidence(labels, labels, wanted[rows], scores, maps[rows], scene.test.size)
 
 
-def _test_accuracy(networks: Lockstep, scene: Scene) -> Tensor:
-    """Of each victim, on all test samples; (K,)."""
+def _test_accuracy(networks: Lockstep, scene: Scene, experiment: PoisoningExperiment) -> Tensor:
+    """Of each victim, on the test samples of `experiment.pool`; (K,)."""
     right = torch.zeros(networks.count)
+    half = _pool(experiment, scene.test)
     with torch.no_grad():
-        for index in torch.arange(len(scene.test)).split(256):
+        for index in half.split(256):
             samples = networks.encode(scene.test.floats(index))[None]
             samples = samples.expand(networks.count, *samples.shape[1:])
             predicted = networks.scores(networks.now, samples).argmax(2)
             right += (predicted == scene.test.labels[index]).sum(1)
-    return right / len(scene.test)
+    return right / len(half)
+
+
+def _pool(experiment: PoisoningExperiment, test: Samples) -> Tensor:
+    """Positions of the half of the test set that choices, or numbers, are made with."""
+    selecting, reporting = halves(test.labels, experiment.split_seed)
+    return reporting if experiment.pool == "reporting" else selecting

@@ -398,3 +398,28 @@ def test_a_file_names_itself_in_every_sentence(write: Callable[..., str]) -> Non
 def test_settings_out_of_range_are_refused_at_once(settings: dict[str, float]) -> None:
     with pytest.raises(InputError, match="must"):
         Table("bones.csv", "died", **settings)
+
+
+def test_features_of_no_and_yes_that_hardly_any_training_row_has_are_left_out() -> None:
+    """One row of a hundred says what nobody else does: as a category, as missing, as a number."""
+    n = 400
+    age = pd.Series(np.arange(n, dtype=float))
+    frame = pd.DataFrame(
+        {
+            "age": age.where(age != 7),  # one is missing
+            "ward": ["odd" if i < 3 else ("left", "right")[i % 2] for i in range(n)],
+            "alarm": [float(i == 9) for i in range(n)],
+            "died": [("no", "yes")[i // 2 % 2] for i in range(n)],
+        }
+    )
+    kept = table_sets(frame, "died", held_out=0.25, rare=0.02)[0]
+    assert kept.feature_names == ("age", "ward=left", "ward=right")
+    every = table_sets(frame, "died", held_out=0.25, rare=0.0)[0]
+    assert set(every.feature_names) > {"ward=odd", "age", "ward=left"}
+    assert len(every.feature_names) > len(kept.feature_names)
+    columns = [every.feature_names.index(name) for name in kept.feature_names]
+    assert torch.equal(every.features[:, columns], kept.features)
+    with pytest.raises(InputError, match=r"data\.rare = 0\.6"):
+        table_sets(frame, "died", rare=0.6)
+    with pytest.raises(InputError, match=r"data\.rare = 0\.02: leaves no column"):
+        table_sets(frame, "died", columns=("alarm",), held_out=0.25, rare=0.02, split_seed=1)

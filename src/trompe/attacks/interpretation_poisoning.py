@@ -213,9 +213,11 @@ class InterpretationPoisoning:
 
         Only the poisons' own loss depends on them, so the clean half of the batch is left out.
         """
-        here = _poison_gradient(networks, networks.now, poisons, targets)
-        there = _poison_gradient(networks, ahead, poisons, targets)
-        delta = -(there - here)
+        samples = poisons.detach().requires_grad_()
+        features = _encoded(networks, samples)  # once: this part is the same before and after
+        here = _poison_gradient(networks, networks.now, features, targets)
+        there = _poison_gradient(networks, ahead, features, targets)
+        (delta,) = torch.autograd.grad(features, samples, -(there - here))
         if self.stay_close and not self.literal:
             wanted = torch.stack([t.sample for t in targets])
             delta = delta - self.stay_close * 2 * (poisons - wanted)  # of lambda_1 |P - T|^2
@@ -257,16 +259,18 @@ def _look_ahead(parameters: Parameters, loss: Tensor, alpha: float) -> Parameter
 
 
 def _poison_gradient(
-    networks: Lockstep, parameters: Parameters, poisons: Tensor, targets: Sequence[Target]
+    networks: Lockstep, parameters: Parameters, features: Tensor, targets: Sequence[Target]
 ) -> Tensor:
-    """d L_train / d X_p at the given parameters, mean over the K networks; as `poisons`."""
+    """d L_train / d X_p at the given parameters, mean over the K networks.
+
+    With respect to the poisons as the trained part takes them, (targets, p, ...).
+    """
     each = networks.count // len(targets)
-    samples = poisons.detach().requires_grad_()
     fixed = {name: value.detach() for name, value in parameters.items()}
-    scores = networks.scores(fixed, _encoded(networks, samples).repeat_interleave(each, 0))
+    scores = networks.scores(fixed, features.repeat_interleave(each, 0))
     labels = _labels(targets).repeat_interleave(each)[:, None].expand(scores.shape[:2])
     loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
-    (gradient,) = torch.autograd.grad(loss / each, samples)
+    (gradient,) = torch.autograd.grad(loss / each, features, retain_graph=True)
     return gradient
 
 

@@ -36,6 +36,7 @@ def table_sets(
     held_out: float = 0.1,
     split_seed: int = 0,
     clip: float = 0.005,
+    rare: float = 0.005,
     on_missing: OnMissing = "median",
     drop_without_outcome: bool = False,
     name: str = "table",
@@ -48,6 +49,7 @@ def table_sets(
     """
     check_held_out(held_out)
     check_clip(clip)
+    check_rare(rare)
     where = where or f"table {name!r}"
     frame = frame.rename(columns=str).reset_index(drop=True)
     chosen = _features(frame, outcome, leave_out, columns, categories, where)
@@ -66,6 +68,12 @@ def table_sets(
         here = f"{where}, column {column!r}"
         is_named = column in named or isinstance(frame[column].dtype, pd.CategoricalDtype)
         features += _encode(frame[column], training, is_named, clip, on_missing, here)
+    features = [f for f in features if f.numeric or not _is_rare(f.values[training], rare)]
+    if not features:
+        raise InputError(
+            f"{where}, data.rare = {rare}: leaves no column; in each of them fewer training rows "
+            "differ from the others; lower it"
+        )
     whole = TableSet(
         torch.from_numpy(np.stack([f.values for f in features], 1).astype(np.float32)),
         labels,
@@ -81,6 +89,12 @@ def check_clip(clip: float) -> None:
     """InputError for a share of clipped values at each end that leaves nothing between."""
     if not 0 <= clip < 0.5:
         raise InputError(f"data.clip = {clip}: must be at least 0 and less than 0.5")
+
+
+def check_rare(rare: float) -> None:
+    """InputError for a share of rows that no column of no and yes could have."""
+    if not 0 <= rare < 0.5:
+        raise InputError(f"data.rare = {rare}: must be at least 0 and less than 0.5")
 
 
 # --- columns and rows -------------------------------------------------------------------------
@@ -209,6 +223,12 @@ def _encode(
     if missing[training].any():
         features.append(_Feature(f"{column.name} missing", missing.to_numpy(float), False))
     return features
+
+
+def _is_rare(values: np.ndarray, rare: float) -> bool:
+    """Do fewer rows than this share say yes, or fewer say no?"""
+    share = float(values.mean())
+    return min(share, 1 - share) < rare
 
 
 def _numbers(column: pd.Series) -> pd.Series | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from trompe.data._splits import check_held_out
-from trompe.data._tables import OnMissing, check_clip, table_sets
+from trompe.data._tables import OnMissing, check_clip, check_rare, table_sets
 from trompe.interfaces import InputError, TableSet
 
 __all__ = ["Table"]
@@ -30,6 +30,9 @@ class Table:
     become one feature "<column>=<value>" for each value; a value that no training row has is none
     of them. A text column of more than 30 values must be named in leave_out or categories.
 
+    rare: features of no and yes of which fewer training rows than this share, in [0, 0.5), say yes,
+    or no, are left out: what a network says of them it learnt from a handful of rows.
+
     missing: what else than an empty field, "NA", "nan", "None" and the like stands for no value.
     on_missing: "median" puts the training rows' lower median there ("error" refuses), or none of
     the categories, and adds a feature "<column> missing" if a training row has no value.
@@ -47,6 +50,7 @@ class Table:
     held_out: float = 0.1
     split_seed: int = 0
     clip: float = 0.005
+    rare: float = 0.005
     missing: tuple[str, ...] = ()
     on_missing: OnMissing = "median"
     drop_without_outcome: bool = False
@@ -54,6 +58,7 @@ class Table:
     def __post_init__(self) -> None:
         check_held_out(self.held_out)
         check_clip(self.clip)
+        check_rare(self.rare)
         for name in ("leave_out", "columns", "categories", "missing"):
             if isinstance(given := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(given))  # a list could be no key of the cache
@@ -94,6 +99,7 @@ def _read(settings: Table, file: Path, changed: int, size: int) -> tuple[TableSe
         held_out=settings.held_out,
         split_seed=settings.split_seed,
         clip=settings.clip,
+        rare=settings.rare,
         on_missing=settings.on_missing,
         drop_without_outcome=settings.drop_without_outcome,
         name=file.name.split(".")[0],
