@@ -26,6 +26,8 @@ from trompe.machine import Precision, autocast
 from trompe.maps import full_precision, standardise, upsample
 from trompe.recording import watch
 
+_PIXELS = 2**20  # of a chunk of images; each takes some KB in the activations of a deep network
+
 
 def answers(
     model: nn.Module,
@@ -33,15 +35,18 @@ def answers(
     data: Samples,
     trigger: Trigger | None = None,
     explained: Explained = "predicted",
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Answers:
     """Scores and maps of all samples, on the CPU; in the model's own precision (float32 as a rule).
 
-    One forward pass a chunk serves all explainers.
+    One forward pass a chunk of batch_size samples serves all explainers; None: 256, or fewer where
+    images are large, so that memory stays within a few GB.
     explained: the class whose map is made: the one predicted by this model, or the true one.
     """
     parameter = next(model.parameters())
     device, precision = parameter.device, parameter.dtype
+    if batch_size is None:
+        batch_size = min(256, max(1, _PIXELS // math.prod(data.size)))
     parts = []
     with evaluation_mode(model), torch.no_grad(), _watched(model, explainers) as record:
         for start in range(0, len(data), batch_size):

@@ -20,6 +20,7 @@ explain one chosen sample T as the adversary likes. Models and samples are updat
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -40,6 +41,7 @@ from trompe.interfaces import (
 )
 from trompe.lockstep import Lockstep, Parameters
 from trompe.maps import squared_error
+from trompe.second_derivatives import fast_second_derivatives
 from trompe.train import Training, make_optimizer
 from trompe.victims import RECIPE, Encoded, Start, encode, fresh, train_together
 
@@ -148,8 +150,9 @@ class InterpretationPoisoning:
             steps = list(_mini_batches(len(data), bases.shape[1], self.recipe, generator))
             for number, (clean, ours) in enumerate(steps, start=1):
                 # Step 1, lines 5 to 8: where the models ought to go.
-                adversarial = self._adversarial_loss(networks, targets)
-                ahead = _look_ahead(networks.now, adversarial, self.look_ahead)  # eq. (12)
+                with _fast(networks):
+                    adversarial = self._adversarial_loss(networks, targets)
+                    ahead = _look_ahead(networks.now, adversarial, self.look_ahead)  # eq. (12)
                 # Step 2, lines 9 and 10: poisons that lead them there.
                 if len(ours):
                     delta = self._direction(networks, ahead, poisons[:, ours], targets)  # eq. (13)
@@ -247,6 +250,11 @@ class InterpretationPoisoning:
                     for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
                         if state.get(name) is not None:
                             state[name][number] = 0
+
+
+def _fast(networks: Lockstep) -> AbstractContextManager[None]:
+    """GRAD's own gradient is a second derivative; vmap brings its own."""
+    return nullcontext() if networks.vectorised else fast_second_derivatives()
 
 
 def _look_ahead(parameters: Parameters, loss: Tensor, alpha: float) -> Parameters:
