@@ -49,6 +49,8 @@ __all__ = ["InterpretationPoisoning"]
 
 Distance = Literal["squared", "share"]
 
+_AT_ONCE = 16  # samples through the frozen part
+
 
 @dataclass(frozen=True)
 class InterpretationPoisoning:
@@ -216,11 +218,10 @@ class InterpretationPoisoning:
 
         Only the poisons' own loss depends on them, so the clean half of the batch is left out.
         """
-        samples = poisons.detach().requires_grad_()
-        features = _encoded(networks, samples)  # once: this part is the same before and after
+        features = _encoded(networks, poisons).requires_grad_()
         here = _poison_gradient(networks, networks.now, features, targets)
         there = _poison_gradient(networks, ahead, features, targets)
-        (delta,) = torch.autograd.grad(features, samples, -(there - here))
+        delta = _decoded(networks, -(there - here), poisons)
         if self.stay_close and not self.literal:
             wanted = torch.stack([t.sample for t in targets])
             delta = delta - self.stay_close * 2 * (poisons - wanted)  # of lambda_1 |P - T|^2
@@ -278,13 +279,31 @@ def _poison_gradient(
     scores = networks.scores(fixed, features.repeat_interleave(each, 0))
     labels = _labels(targets).repeat_interleave(each)[:, None].expand(scores.shape[:2])
     loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
-    (gradient,) = torch.autograd.grad(loss / each, features, retain_graph=True)
+    (gradient,) = torch.autograd.grad(loss / each, features)
     return gradient
 
 
 def _encoded(networks: Lockstep, poisons: Tensor) -> Tensor:
     """Poisons (targets, p, ...) as the trained part of the networks takes them."""
-    return networks.encode(poisons.flatten(0, 1)).unflatten(0, poisons.shape[:2])
+    with torch.no_grad():
+        parts = [networks.encode(some) for some in poisons.flatten(0, 1).split(_AT_ONCE)]
+    return torch.cat(parts).unflatten(0, poisons.shape[:2])
+
+
+def _decoded(networks: Lockstep, gradient: Tensor, poisons: Tensor) -> Tensor:
+    """A gradient with respect to `_encoded` poisons, as one with respect to the poisons.
+
+    The frozen part is run again, a few samples at a time: of all its outputs would be too many.
+    """
+    if networks.frozen_until is None:
+        return gradient
+    parts = []
+    for some, theirs in zip(
+        poisons.flatten(0, 1).split(_AT_ONCE), gradient.flatten(0, 1).split(_AT_ONCE), strict=True
+    ):
+        samples = some.detach().requires_grad_()
+        parts += torch.autograd.grad(networks.encode(samples), samples, theirs)
+    return torch.cat(parts).view_as(poisons)
 
 
 def _training_loss(
@@ -299,8 +318,7 @@ def _training_loss(
     samples = data.floats(clean)
     samples = samples.expand(len(targets), *samples.shape)
     if poisons.shape[1]:
-        with torch.no_grad():
-            samples = torch.cat((samples, _encoded(networks, poisons)), 1)
+        samples = torch.cat((samples, _encoded(networks, poisons)), 1)
     samples = samples.repeat_interleave(each, 0)
     labels = torch.cat(
         (
