@@ -11,7 +11,7 @@ import torch
 
 from trompe import runs
 from trompe.interfaces import EpochRecord, InputError
-from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
+from trompe.runs import FileLogbook, Held, RunFolder, fingerprint, provenance
 
 SPEC: dict[str, Any] = {"name": "x", "attack": {"kind": "a", "weight": 0.9, "goals": [None, 1]}}
 
@@ -23,7 +23,7 @@ def test_the_same_settings_give_the_same_fingerprint() -> None:
     reordered = {"attack": {"goals": [None, 1], "weight": 0.9, "kind": "a"}, "name": "x"}
     assert fingerprint(SPEC) == fingerprint(reordered)
     assert fingerprint(SPEC) == fingerprint(json.loads(json.dumps(SPEC)))
-    assert len(fingerprint(SPEC)) == 8
+    assert len(fingerprint(SPEC)) == 12
     int(fingerprint(SPEC), 16)
 
 
@@ -38,6 +38,18 @@ def test_changed_settings_give_another(changed: dict[str, Any]) -> None:
 def test_a_setting_that_is_unset_does_not_count_so_new_ones_leave_old_runs_valid() -> None:
     newer = {**SPEC, "clip": None, "attack": {**SPEC["attack"], "last_beta": None}}
     assert fingerprint(newer) == fingerprint(SPEC)
+
+
+DATA = {"data": {"root": "here", "size": 8}, "goals": [{"file": "a"}, {"file": "b"}]}
+
+
+def test_what_lies_in_a_file_counts_not_where_it_is() -> None:
+    inputs = {"data.root": "1234", "goals.1.file": "5678"}
+    moved = {"data": {"root": "there", "size": 8}, "goals": [{"file": "a"}, {"file": "c"}]}
+    assert fingerprint(moved) != fingerprint(DATA)
+    assert fingerprint(moved, inputs) == fingerprint(DATA, inputs)
+    assert fingerprint(DATA, {**inputs, "data.root": "1235"}) != fingerprint(DATA, inputs)
+    assert fingerprint({**moved, "goals": DATA["goals"][:1]}, inputs) != fingerprint(DATA, inputs)
 
 
 # --- the folder -----------------------------------------------------------------------------------
@@ -66,6 +78,58 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(folder: RunFolder) ->
     with pytest.raises(InputError, match="other settings"):
         folder.open({**SPEC, "name": "y"})
     assert (folder.path / "spec.json").read_bytes() == before
+
+
+def test_a_folder_of_other_inputs_is_refused(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "x")
+    run.open(DATA, {"data.root": "1234"})
+    with pytest.raises(InputError, match=r"other data or weights \(inputs\.json\)"):
+        run.open(DATA, {"data.root": "1235"})
+    assert run.inputs == {"data.root": "1234"}
+
+
+def test_a_folder_says_where_its_inputs_were_moved(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "x")
+    run.open(DATA, {"data.root": "1234"})
+    moved = {**DATA, "data": {"root": "there", "size": 8}}
+    run.open(moved, {"data.root": "1234"})
+    assert run.read("spec") == moved
+
+
+def test_a_folder_that_does_not_know_its_inputs_learns_them(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "x")
+    run.open(DATA)
+    run.open(DATA, {"data.root": "1234"})
+    assert run.inputs == {"data.root": "1234"}
+    with pytest.raises(InputError, match="other settings"):
+        run.open({**DATA, "seed": 1}, {"data.root": "1234"})
+
+
+def test_what_a_kill_left_is_cleared_by_the_next_one_to_work_there(folder: RunFolder) -> None:
+    (folder.path / "poison-00").mkdir()
+    litter = [".checkpoint.pt.abcd_123", "poison-00/.poison.json.00000000"]
+    kept = [".mine", ".gitignore", "checkpoint.pt"]
+    for name in (*litter, *kept):
+        (folder.path / name).touch()
+    with folder.alone():
+        assert not any((folder.path / name).exists() for name in litter)
+    assert all((folder.path / name).exists() for name in kept)
+    folder.write("numbers", {})
+    folder.open(SPEC)  # killed between its numbers and the end
+    assert not (folder.path / "checkpoint.pt").exists()
+
+
+def test_one_at_a_time_works_on_a_run(folder: RunFolder) -> None:
+    assert not folder.held
+    with folder.alone():
+        assert folder.held
+        with pytest.raises(Held, match="another process"), RunFolder(folder.path).alone(wait=False):
+            pass
+        with RunFolder(folder.path.with_name("y")).alone(wait=False):
+            pass
+    assert not folder.held
+    with folder.alone(wait=False):
+        pass
 
 
 def test_a_folder_with_a_damaged_spec_is_refused(folder: RunFolder) -> None:

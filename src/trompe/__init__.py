@@ -36,6 +36,7 @@ from trompe.poisoning import (
 )
 from trompe.recording import watch
 from trompe.report import render
+from trompe.run_list import list_runs
 from trompe.runs import RunFolder
 from trompe.train import Training, fit
 
@@ -65,6 +66,7 @@ __all__ = [
     "build",
     "explain",
     "fit",
+    "list_runs",
     "load_model",
     "names",
     "poison",

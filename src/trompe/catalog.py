@@ -169,6 +169,24 @@ def describe(value: Any) -> Any:
     return value
 
 
+def contents(value: Any, where: str = "") -> dict[str, str]:
+    """Of each setting that names a file or folder: its key, dotted, and a hash of what lies there.
+
+    Whatever reads files says so itself, in a method `contents` that gives this of its own fields.
+    """
+    found = {}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if callable(own := getattr(value, "contents", None)):
+            found = {f"{where}{name}": digest for name, digest in own().items()}
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif isinstance(value, tuple | list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            found |= contents(inner, f"{where}{name}.")
+    return found
+
+
 def _plugin_name(cls: type) -> str | None:
     package, _, module = cls.__module__.rpartition(".")
     if package.removeprefix("trompe.") in KINDS:

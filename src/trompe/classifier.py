@@ -1,7 +1,6 @@
 """Classifiers that take images in [0, 1]: built by name, saved and loaded without pickles."""
 
 import dataclasses
-import hashlib
 import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from trompe import catalog
-from trompe.files import read_json, write_atomically, write_json
+from trompe.files import read_json, sha256_of, write_atomically, write_json
 from trompe.interfaces import ImageSet, InputError, TableSet
 from trompe.surgery import Edit, with_one_map_more
 
@@ -82,6 +81,12 @@ class ModelSpec:
         """A package.module:callable, which may be imported as the user names it here."""
         return self.name if ":" in self.name else None
 
+    def contents(self) -> dict[str, str]:
+        """Of the weights, if they are a file; torchvision's own are known by their name."""
+        if self.weights is None or _names_torchvisions(self.weights):
+            return {}
+        return {"weights": weights_digest(self.weights)}
+
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         own = self.trusted is not None
         mean = self.mean or ((0.0, 0.0, 0.0) if own else IMAGENET_MEAN)
@@ -95,10 +100,7 @@ def build_model(spec: ModelSpec, classes: int) -> Classifier:
     """
     mean, std = spec.normalisation()
     weights = spec.weights
-    from_torchvision = (
-        weights is not None and Path(weights).suffix == "" and not Path(weights).is_file()
-    )
-    if from_torchvision:
+    if weights is not None and _names_torchvisions(weights):
         net = _torchvision(spec.name, weights)
         _replace_head(net, classes)
     else:
@@ -106,6 +108,11 @@ def build_model(spec: ModelSpec, classes: int) -> Classifier:
         if weights is not None:
             _start_from(net, read_weights(Path(weights)), weights)
     return Classifier(net, mean, std)
+
+
+def _names_torchvisions(weights: str) -> bool:
+    """Is it a name such as IMAGENET1K_V1, not a file?"""
+    return Path(weights).suffix == "" and not Path(weights).is_file()
 
 
 LEAST_STD = 0.1  # of a table's column in [0, 1]: a rare category must not outweigh all others
@@ -285,10 +292,8 @@ def save_model(model: Classifier, card: ModelCard, file: Path) -> None:
     # Copies, as weights that a model uses twice must not be written as one.
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.net.state_dict().items()}
     write_atomically(file, lambda temporary: safetensors.torch.save_file(state, temporary))
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    write_json(
-        file.with_suffix(".json"), dataclasses.asdict(dataclasses.replace(card, sha256=digest))
-    )
+    card = dataclasses.replace(card, sha256=sha256_of(file))
+    write_json(file.with_suffix(".json"), dataclasses.asdict(card))
 
 
 def load_model(source: str | Path, architecture: str | None = None) -> tuple[Classifier, ModelCard]:
@@ -320,6 +325,14 @@ def load_model(source: str | Path, architecture: str | None = None) -> tuple[Cla
     return Classifier(net, card.mean, card.std, card.edit).eval(), card
 
 
+def weights_digest(source: str | Path) -> str:
+    """sha256 of a saved model's weights, given as to `load_model`. InputError if there are none."""
+    file = _locate(str(source))
+    if not file.is_file():
+        raise InputError(f"weights {file}: no such file")
+    return sha256_of(file)
+
+
 def _locate(source: str) -> Path:
     if source.startswith(SHIPPED):
         name = source.removeprefix(SHIPPED)
@@ -345,7 +358,7 @@ def _read_card(file: Path, state: dict[str, Tensor]) -> ModelCard:
     if not isinstance(table, dict):
         raise InputError(f"model card {sidecar}: is no table of settings; fetch it again")
     card: ModelCard = catalog.build_dataclass(ModelCard, table, str(sidecar))
-    if card.sha256 and card.sha256 != hashlib.sha256(file.read_bytes()).hexdigest():
+    if card.sha256 and card.sha256 != sha256_of(file):
         raise InputError(
             f"model {file}: its bytes are not those that {sidecar.name} was written for (sha256 "
             "differs); fetch both again, or remove sha256 from the card if you changed it yourself"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,18 +40,34 @@ def train_clean_model(
 ) -> Path:
     """Train a model honestly; returns its .safetensors file. Resumes, and is not done twice.
 
-    Kept in `out`, or below `root` under a name made from the settings.
+    Kept in `out`, or below `root` under a name made from the settings and what lies in the files
+    that they name. One process trains it, others wait.
     """
     screen = screen or Silent()
-    spec = catalog.describe({"data": data, "model": model, "honest": honest, "seed": seed})
-    folder = RunFolder(
-        out or root / f"{train.name}-{_plain_name(model.name)}-s{seed}-{fingerprint(spec)}"
-    )
-    file = folder.path / "model.safetensors"
-    if folder.finished:
-        folder.open(spec)  # says so if `out` holds another model
-        return file
-    folder.open(spec)
+    settings = {"data": data, "model": model, "honest": honest, "seed": seed}
+    spec, inputs = catalog.describe(settings), catalog.contents(settings)
+    name = f"{train.name}-{_plain_name(model.name)}-s{seed}-{fingerprint(spec, inputs)}"
+    folder = RunFolder(out or root / name)
+    if not folder.finished:
+        with folder.alone(screen):
+            if not folder.finished:
+                folder.open(spec, inputs)
+                _train(folder, train, test, model, honest, seed, spec, device, screen)
+    folder.open(spec, inputs)  # says so if `out` holds another model
+    return folder.path / "model.safetensors"
+
+
+def _train(
+    folder: RunFolder,
+    train: ImageSet,
+    test: ImageSet,
+    model: ModelSpec,
+    honest: HonestTraining,
+    seed: int,
+    spec: dict[str, Any],
+    device: torch.device | str,
+    screen: Screen,
+) -> None:
     made = provenance(torch.device(device))
     screen.stage(f"training a clean model (seed {seed})")
     with torch.random.fork_rng():
@@ -73,13 +90,12 @@ def train_clean_model(
         "skipped_images": list(train.skipped + test.skipped),
     }
     card = card_of(classifier, model.name, train, seed, spec, made, numbers)
-    save_model(classifier, card, file)
+    save_model(classifier, card, folder.path / "model.safetensors")
     folder.write_history(history)
     folder.write("provenance", made)
     folder.write("numbers", numbers)
     logbook.close()
     screen.note(f"clean model (seed {seed}): test accuracy {numbers['test_accuracy']:.4f}")
-    return file
 
 
 def load_clean_model(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from trompe import catalog
 from trompe.classifier import SHIPPED, load_model
@@ -27,6 +27,16 @@ from trompe.machine import choose_device, choose_threads
 from trompe.poisoning import Victims, poison, read_poisoning, read_run, victims_name, victims_of
 from trompe.report import render
 from trompe.report.poison_pictures import draw_maps, draw_poisons
+from trompe.run_list import (
+    HEADLINES,
+    Run,
+    choose,
+    differences,
+    headline,
+    list_runs,
+    remove,
+    rename_old,
+)
 from trompe.runs import RunFolder
 from trompe.screen import console, progress_bars
 
@@ -279,6 +289,63 @@ def report(
     print(f"open {out}")
 
 
+@app.command(name="runs")
+def runs_(
+    places: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[ROOT|RUN]...", help="Folders of runs, or runs. Default: runs"),
+    ] = None,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            metavar="KEY=VALUE",
+            help="Only these: name, kind, state, or a setting (attack.weight=0.9); * is any text.",
+        ),
+    ] = None,
+    interrupted: Annotated[bool, typer.Option("--interrupted", help="Only these.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show in which settings they differ, and numbers.")
+    ] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove the runs that are named or filtered.")
+    ] = False,
+    rename: Annotated[
+        bool, typer.Option("--rename", help="Give runs of earlier versions today's names.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+) -> None:
+    """Which runs there are; compare or remove some."""
+    if compare + delete + rename > 1:
+        raise InputError("trompe runs: give one of --compare, --delete and --rename")
+    filters = [*(filters or []), *(["state=interrupted"] if interrupted else [])]
+    places = places or [Path("runs")]
+    if delete and not filters and not all((place / "spec.json").is_file() for place in places):
+        raise InputError(
+            "--delete: does not say which; name run folders, or choose some with --filter"
+        )
+    found = choose(list_runs(places), filters)
+    if compare:
+        _print_differences(found)
+    elif rename:
+        rename_old(found, print)
+    else:
+        _print_runs(found)
+        if delete and found and _agreed(found, yes):
+            for run_ in found:
+                print(remove(run_))
+
+
+def _agreed(runs: list[Run], yes: bool) -> bool:
+    """Does the user want these to be removed?"""
+    if yes:
+        return True
+    try:
+        return typer.confirm(f"Remove {len(runs)} runs, {_megabytes(runs):.1f} MB?")
+    except typer.Abort:
+        raise InputError("--delete: nobody said yes; add --yes in scripts") from None
+
+
 @app.command(name="list")
 def list_(
     kind: Annotated[str, typer.Argument(help=", ".join(catalog.KINDS))],
@@ -363,6 +430,43 @@ def _print_numbers(folder: RunFolder) -> None:
             f"{real(distance['mean']):.4f} ± {real(distance['std']):.4f}",
             ", ".join(f"{name} {real(v['mean']):.3f}" for name, v in row["floors"].items()),
         )
+    Console().print(table)
+
+
+def _print_runs(runs: list[Run]) -> None:
+    """One a row, the newest first."""
+    table = Table(title=f"{len(runs)} runs, {_megabytes(runs):.1f} MB")
+    table.add_column("run", overflow="fold")
+    for column in ("kind", "state", "seed", "when", "MB", *HEADLINES):
+        table.add_column(column)
+    for one in runs:
+        table.add_row(
+            _escape(one.name),
+            one.kind,
+            one.told_state,
+            "" if one.seed is None else str(one.seed),
+            one.started[:16].replace("T", " "),
+            f"{_megabytes([one]):.1f}",
+            *(headline(one, title) for title in HEADLINES),
+        )
+    Console().print(table)
+
+
+def _megabytes(runs: list[Run]) -> float:
+    return sum(one.size for one in runs) / 1e6
+
+
+def _print_differences(runs: list[Run]) -> None:
+    """Settings that are not the same in all runs, and below them all numbers."""
+    if len(runs) < 2:
+        raise InputError(f"--compare: {len(runs)} runs found; name or filter at least two")
+    table = Table("", *(Column(_escape(one.name), overflow="fold") for one in runs))
+    for key, values in differences(runs).items():
+        table.add_row(key, *map(_escape, values))
+    table.add_section()
+    for key in dict.fromkeys(key for one in runs for key in one.numbers):
+        numbers = (one.numbers.get(key) for one in runs)
+        table.add_row(key, *("" if number is None else f"{number:.4f}" for number in numbers))
     Console().print(table)
 
 

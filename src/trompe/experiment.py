@@ -11,7 +11,15 @@ import torch
 
 from trompe import catalog
 from trompe.architecture import difference
-from trompe.classifier import SHIPPED, Classifier, ModelSpec, card_of, load_model, save_model
+from trompe.classifier import (
+    SHIPPED,
+    Classifier,
+    ModelSpec,
+    card_of,
+    load_model,
+    save_model,
+    weights_digest,
+)
 from trompe.clean_models import HonestTraining, load_clean_model, train_clean_model
 from trompe.data import halves
 from trompe.evaluate import Remembered
@@ -25,7 +33,7 @@ from trompe.interfaces import (
 )
 from trompe.measure import gallery, measure
 from trompe.recording import INPUT
-from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
+from trompe.runs import FileLogbook, Inputs, RunFolder, fingerprint, provenance
 from trompe.screen import Screen, Silent
 from trompe.second_derivatives import slow_layers
 
@@ -65,6 +73,11 @@ class Experiment:
                     f"attack {type(self.attack).__name__}: does not say its {name}; give it "
                     "goals, explainers, explained and thresholds (see Attack in interfaces.py)"
                 )
+
+    def contents(self) -> dict[str, str]:
+        """Of the saved models' weights."""
+        given = {"reference": self.reference, "witness": self.witness}
+        return {role: weights_digest(file) for role, file in given.items() if file is not None}
 
 
 Product = Literal["a model", "a training set"]
@@ -147,20 +160,52 @@ def run(
 ) -> RunFolder:
     """Data -> clean models -> attack -> numbers, maps, model, in a folder below `root`.
 
-    The folder is named after the spec: a finished run is read, an interrupted one goes on.
+    The folder is named after the spec and what lies in the files that it names: a finished run is
+    read, an interrupted one goes on, and one that another process works on is waited for.
     Raises InputError for settings that do not fit, Diverged if training does (then the folder
     keeps the last good state). remembered: the same one for several runs saves asking their clean
     models again.
     """
     screen = screen or Silent()
-    spec = catalog.describe(experiment)
-    folder = run_folder(experiment, root)
-    if folder.finished:
-        screen.note(f"{folder.path} is finished already")
-        return folder
-    scene = set_up(experiment, root, device, screen)
-    folder.open(spec)
+    spec, inputs = catalog.describe(experiment), catalog.contents(experiment)
+    folder = _folder(experiment, spec, inputs, root)
+    if not folder.finished:
+        with folder.alone(screen):
+            if not folder.finished:  # nor by a process that was waited for
+                scene = set_up(experiment, root, device, screen)
+                folder.open(spec, inputs)
+                _attack(folder, experiment, scene, spec, device, screen, remembered)
+                return folder
+    folder.open(spec, inputs)
+    screen.note(f"{folder.path} is finished already")
+    return folder
 
+
+def run_folder(experiment: Experiment, root: Path | str = "runs") -> RunFolder:
+    """Where `run` keeps this experiment: its name, seed and a hash of all that it is made from.
+
+    InputError if the data or saved models that it names are not there.
+    """
+    spec, inputs = catalog.describe(experiment), catalog.contents(experiment)
+    return _folder(experiment, spec, inputs, root)
+
+
+def _folder(
+    experiment: Experiment, spec: dict[str, Any], inputs: Inputs, root: Path | str
+) -> RunFolder:
+    digest = fingerprint(spec, inputs)
+    return RunFolder(Path(root) / f"{experiment.name}-s{experiment.seed}-{digest}")
+
+
+def _attack(
+    folder: RunFolder,
+    experiment: Experiment,
+    scene: "Scene",
+    spec: dict[str, Any],
+    device: torch.device | str,
+    screen: Screen,
+    remembered: Remembered | None,
+) -> None:
     made = provenance(torch.device(device))
     screen.stage("attack")
     logbook = FileLogbook(folder.path / "checkpoint.pt", screen)
@@ -183,13 +228,6 @@ def run(
 
     _write_numbers(folder, experiment, scene, attacked, screen, remembered)
     logbook.close()
-    return folder
-
-
-def run_folder(experiment: Experiment, root: Path | str = "runs") -> RunFolder:
-    """Where `run` keeps this experiment: its name, seed and a hash of all settings."""
-    digest = fingerprint(catalog.describe(experiment))
-    return RunFolder(Path(root) / f"{experiment.name}-s{experiment.seed}-{digest}")
 
 
 def remeasure(
@@ -202,13 +240,14 @@ def remeasure(
     screen = screen or Silent()
     experiment = catalog.build_dataclass(Experiment, folder.read("spec"), str(folder.path))
     model, _ = load_model(folder.path, experiment.model.trusted)
-    scene = set_up(experiment, root, device, screen)
-    attacked = Attacked(
-        model.to(device),
-        experiment.attack.goals,
-        folder.read_history(),
-    )
-    return _write_numbers(folder, experiment, scene, attacked, screen)
+    with folder.alone(screen):
+        scene = set_up(experiment, root, device, screen)
+        attacked = Attacked(
+            model.to(device),
+            experiment.attack.goals,
+            folder.read_history(),
+        )
+        return _write_numbers(folder, experiment, scene, attacked, screen)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Writing files so that a kill at any moment leaves the old file or the new one, never half."""
 
+import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from trompe.interfaces import InputError
 
 Row = dict[str, Any]
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # as mkstemp calls them below
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
@@ -43,6 +46,27 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def clear_temporaries(folder: Path, of: str = "") -> None:
+    """Remove what `write_atomically` left in `folder` and below when it was killed.
+
+    of: only those of files whose names begin so. Nobody else may be writing such files there.
+    """
+    for file in folder.rglob(f".{of}*"):
+        if _TEMPORARY.fullmatch(file.name) and file.is_file():
+            file.unlink(missing_ok=True)
+
+
+def sha256_of(file: Path) -> str:
+    """Of the file's bytes, in hex digits. InputError if it cannot be read."""
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"file {file}: cannot be read ({error.strerror}); correct the path") from (
+            error
+        )
 
 
 def write_json(file: Path, value: Any) -> None:

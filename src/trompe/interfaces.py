@@ -168,7 +168,11 @@ class Pass:
 
 
 class Data(Protocol):
-    """A source of labelled images."""
+    """A source of labelled images.
+
+    One that reads files also has `contents`: of each field that names them, a hash of what lies
+    there (see catalog.py).
+    """
 
     def train(self) -> ImageSet: ...
     def test(self) -> ImageSet: ...

@@ -27,7 +27,7 @@ from trompe.classifier import Classifier, ModelSpec, build_model, build_table_mo
 from trompe.data import halves
 from trompe.evaluate import answers
 from trompe.experiment import check_attack_makes, check_makes, experiment_table
-from trompe.files import read_json, real
+from trompe.files import clear_temporaries, read_json, real
 from trompe.interfaces import (
     Data,
     Evidence,
@@ -228,19 +228,32 @@ def poison(
 ) -> RunFolder:
     """Craft a poison set for each target, in a folder below `root` that is named after the spec.
 
-    A finished one is read, an interrupted one goes on. The folder also keeps who shall train on
-    them (victims.json). Raises InputError for settings that do not fit the data.
+    A finished one is read, an interrupted one goes on, one that another process crafts is waited
+    for. The folder also keeps who shall train on them (victims.json). Raises InputError for
+    settings that do not fit the data.
     """
     screen = screen or Silent()
     victims = catalog.describe(experiment.victims)
-    spec = catalog.describe(replace(experiment, victims=Victims()))  # they may differ later
-    folder = RunFolder(Path(root) / f"{experiment.name}-s{experiment.seed}-{fingerprint(spec)}")
-    if folder.finished:
-        screen.note(f"{folder.path} is finished already")
-        folder.write("victims", victims)
-        return folder
-    scene = set_up(experiment, screen)
-    folder.open(spec)
+    crafted = replace(experiment, victims=Victims())  # they may differ later
+    spec, inputs = catalog.describe(crafted), catalog.contents(crafted)
+    name = f"{experiment.name}-s{experiment.seed}-{fingerprint(spec, inputs)}"
+    folder = RunFolder(Path(root) / name)
+    if not folder.finished:
+        with folder.alone(screen):
+            if not folder.finished:  # nor by a process that was waited for
+                scene = set_up(experiment, screen)
+                folder.open(spec, inputs)
+                _craft(folder, experiment, scene, screen)
+                return folder
+    folder.open(spec, inputs)
+    screen.note(f"{folder.path} is finished already")
+    folder.write("victims", victims)
+    return folder
+
+
+def _craft(
+    folder: RunFolder, experiment: PoisoningExperiment, scene: Scene, screen: Screen
+) -> None:
     made = provenance(torch.device("cpu"))
     screen.stage("crafting")
     started = time.perf_counter()
@@ -258,7 +271,7 @@ def poison(
     folder.write_history(history)
     folder.write("provenance", {**made, "seconds": round(seconds, 1)})
     folder.write("classes", list(scene.train.class_names))
-    folder.write("victims", victims)
+    folder.write("victims", catalog.describe(experiment.victims))
     folder.write_tensors("clean", scene.clean.state_dict())
     folder.write(
         "numbers",
@@ -271,7 +284,6 @@ def poison(
         },
     )
     logbook.close()
-    return folder
 
 
 def poison_sets(folder: RunFolder) -> tuple[PoisonSet, ...]:
@@ -317,10 +329,20 @@ def victims_of(
     experiment = read_run(folder)
     victims = victims or experiment.victims
     name = victims_name(victims)
-    if (folder.path / f"{name}.json").is_file():
-        screen.note(f"{folder.path / name}.json is there already")
-        found: dict[str, Any] = folder.read(name)
-        return found
+    file = folder.path / f"{name}.json"
+    if not file.is_file():
+        with folder.alone(screen):
+            if not file.is_file():
+                clear_temporaries(folder.path, of=name)
+                return _measure(folder, name, experiment, victims, screen)
+    screen.note(f"{file} is there already")
+    found: dict[str, Any] = folder.read(name)
+    return found
+
+
+def _measure(
+    folder: RunFolder, name: str, experiment: PoisoningExperiment, victims: Victims, screen: Screen
+) -> dict[str, Any]:
     sets = poison_sets(folder)
     scene = set_up_again(folder, experiment, screen)
     made = provenance(torch.device("cpu"))
@@ -345,7 +367,7 @@ def victims_of(
 
 def victims_name(victims: Victims) -> str:
     """What their files in a run's folder are called, without the suffix."""
-    return f"victims-{fingerprint(catalog.describe(victims))}"
+    return f"victims-{fingerprint(catalog.describe(victims), catalog.contents(victims))}"
 
 
 def succeeded(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:

@@ -3,6 +3,7 @@
 | file                | what                                                                 |
 |---------------------|----------------------------------------------------------------------|
 | spec.json           | the experiment, every setting written out                            |
+| inputs.json         | what lies in the files that the spec names (absent if it names none) |
 | provenance.json     | commit, versions, hardware, command, times                           |
 | numbers.json        | what was measured (written last: a run with it is finished)          |
 | history.json        | per epoch: mean loss terms, what was measured, seconds               |
@@ -15,8 +16,14 @@
 | checkpoint.pt       | while training: the state after the last whole epoch                 |
 
 In numbers.json and history.json null stands for nan: a number of which there is none.
+
+A run is a value: its folder's name ends in a hash of the spec, in which what lies in a file or
+folder stands in the place of its path (see `contents` in catalog.py). So changed data or weights
+make another run, and the same ones elsewhere the same run; neither the clock nor a file's date
+counts. One process at a time works on a run (`RunFolder.alone`); the others wait, and read it.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -25,18 +32,31 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from trompe.files import read_json, real, strict_json, write_atomically, write_json
-from trompe.interfaces import EpochRecord, InputError
+from trompe.files import (
+    clear_temporaries,
+    read_json,
+    real,
+    strict_json,
+    write_atomically,
+    write_json,
+)
+from trompe.interfaces import EpochRecord, InputError, TrompeError
+from trompe.screen import Screen, Silent
+
+Inputs = Mapping[str, str]  # a setting that names a file -> a hash of what lies there
+NO_INPUTS: Inputs = MappingProxyType({})
 
 
 class Listener(Protocol):
@@ -46,19 +66,31 @@ class Listener(Protocol):
     def epoch(self, record: EpochRecord) -> None: ...
 
 
-def fingerprint(spec: Any) -> str:
-    """Eight hex digits of a spec: the same settings give the same, changed ones another.
+def fingerprint(spec: Any, inputs: Inputs = NO_INPUTS) -> str:
+    """Twelve hex digits of a spec: the same settings give the same, changed ones another.
 
-    A setting that is unset (None) does not count, so that a new one leaves finished runs valid.
+    A setting that is unset (None) does not count, so that a new one leaves finished runs valid. Of
+    one that names a file, what lies there counts, not where it is.
     """
-    text = json.dumps(_set(spec), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    text = json.dumps(_counted(spec, inputs), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _set(spec: Any) -> Any:
+def _counted(spec: Any, inputs: Inputs, key: str = "") -> Any:
+    """What of a spec, or of its part at `key`, makes the run what it is."""
+    if key in inputs:
+        return inputs[key]
+    dot = f"{key}." if key else ""
     if isinstance(spec, dict):
-        return {key: _set(value) for key, value in spec.items() if value is not None}
-    return [_set(value) for value in spec] if isinstance(spec, list | tuple) else spec
+        given = {name: value for name, value in spec.items() if value is not None}
+        return {name: _counted(value, inputs, f"{dot}{name}") for name, value in given.items()}
+    if isinstance(spec, list | tuple):
+        return [_counted(value, inputs, f"{dot}{number}") for number, value in enumerate(spec)]
+    return spec
+
+
+class Held(TrompeError):
+    """Another process works on the run."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +103,92 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "numbers.json").is_file()
 
-    def open(self, spec: dict[str, Any]) -> None:
-        """Create the folder, or check that it belongs to the same spec."""
-        file = self.path / "spec.json"
-        if not file.exists():
-            write_json(file, spec)
-        elif fingerprint(read_json(file)) != fingerprint(strict_json(spec)):
+    @property
+    def lock(self) -> FileLock:
+        """The operating system's lock on this run: it ends with the process that holds it.
+
+        Its file stays when the lock is released, as others may be waiting at it.
+        """
+        return FileLock(self.path.parent / ".locks" / f"{self.path.name}.lock")
+
+    @property
+    def held(self) -> bool:
+        """Is a process at work on this run?"""
+        lock = self.lock
+        if not Path(lock.lock_file).exists():
+            return False
+        try:
+            with lock.acquire(blocking=False):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # we could not work on it ourselves
+            return False
+
+    @contextlib.contextmanager
+    def alone(self, screen: Screen | None = None, wait: bool = True) -> Iterator[None]:
+        """Inside, no other process works on this run; waits until none does, and says so.
+
+        wait False: raises Held instead.
+        """
+        lock = self.lock
+        try:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                if not wait:
+                    raise Held(f"{self.path}: another process works on it") from None
+                waiting = f"{self.path}: another process works on it; waiting"
+                (screen or Silent()).note(waiting)
+                lock.acquire()
+        except OSError as error:
             raise InputError(
-                f"run folder {self.path}: holds a run with other settings (spec.json); choose "
-                "another folder, or remove this one"
-            )
+                f"file {lock.lock_file}: cannot be written ({error}); choose another folder or "
+                "make room there"
+            ) from error
+        try:
+            if not self.finished:  # whoever wrote here was killed
+                clear_temporaries(self.path)
+            yield
+        finally:
+            lock.release()
+
+    def open(self, spec: dict[str, Any], inputs: Inputs = NO_INPUTS) -> None:
+        """Create the folder, or check that it belongs to the same spec and inputs.
+
+        Where the inputs lie may have changed: the folder then says where they are now.
+        """
+        if self.finished:  # a kill right after its last file leaves this one
+            (self.path / "checkpoint.pt").unlink(missing_ok=True)
+        file = self.path / "spec.json"
+        if file.exists():
+            before, now = read_json(file), strict_json(spec)
+            # A folder of an earlier version does not say what its inputs held.
+            then = self.inputs or inputs
+            if fingerprint(before, then) != fingerprint(now, inputs):
+                raise InputError(
+                    f"run folder {self.path}: holds a run with other settings (spec.json) or of "
+                    "other data or weights (inputs.json); choose another folder, or remove this one"
+                )
+            if fingerprint(before) == fingerprint(now) and then == self.inputs:
+                return
+        if inputs:
+            self.write("inputs", inputs)
+        self.write("spec", spec)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What inputs.json says; empty if there is none."""
+        file = self.path / "inputs.json"
+        found: dict[str, str] = read_json(file) if file.is_file() else {}
+        return found
 
     def discard_if_empty(self) -> None:
         """Remove the folder if it holds nothing but its spec."""
-        if [file.name for file in self.path.iterdir()] == ["spec.json"]:
-            (self.path / "spec.json").unlink()
+        if {file.name for file in self.path.iterdir()} <= {"spec.json", "inputs.json"}:
+            for file in sorted(self.path.iterdir(), reverse=True):  # the spec first
+                file.unlink()
             self.path.rmdir()
 
     def write(self, name: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from trompe.data._contents import hash_of_files
 from trompe.data._reading import read_images
 from trompe.interfaces import ImageSet, InputError
 
@@ -31,6 +32,17 @@ class Cub:
 
     def test(self) -> ImageSet:
         return self._read(wanted=False)
+
+    def contents(self) -> dict[str, str]:
+        """Of the folder: the listed images' paths and sizes, and all four lists."""
+        root = Path(self.root)
+        root = root / "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else root
+        names = ("images", "classes", "image_class_labels", "train_test_split")
+        lists = [root / f"{name}.txt" for name in names]
+        if not all(file.is_file() for file in lists):
+            self.train()  # says what is missing
+        images = (root / "images" / file for file in _table(lists[0]).values())
+        return {"root": hash_of_files(root, images, lists)}
 
     def _read(self, wanted: bool) -> ImageSet:
         root = Path(self.root)

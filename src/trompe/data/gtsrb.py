@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torchvision import datasets
 
+from trompe.data._contents import hash_of_files
 from trompe.data._reading import read_images
 from trompe.interfaces import ImageSet, InputError
 
@@ -71,6 +72,15 @@ class Gtsrb:
 
     def test(self) -> ImageSet:
         return self._read("test")
+
+    def contents(self) -> dict[str, str]:
+        """Of the folder: all images' paths and sizes, and the list of the test images' classes."""
+        folder = Path(self.root) / "gtsrb"
+        classes = folder / "GT-final_test.csv"
+        images = folder / "GTSRB"
+        if not classes.is_file() or not (images / "Training").is_dir():
+            self.train(), self.test()  # they fetch it, or say what is missing
+        return {"root": hash_of_files(folder, images.rglob("*.ppm"), [classes])}
 
     def _read(self, split: str) -> ImageSet:
         try:

@@ -1,11 +1,13 @@
 """Any folder of images with one folder a class."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from trompe.data._contents import hash_of_files
 from trompe.data._reading import read_images
 from trompe.data._splits import stratified_split
 from trompe.interfaces import ImageSet, InputError
@@ -38,6 +40,17 @@ class ImageFolder:
 
     def test(self) -> ImageSet:
         return self._read("test")
+
+    def contents(self) -> dict[str, str]:
+        """Of the folder: all images' paths and sizes."""
+        root = Path(self.root)
+        if not root.is_dir():
+            raise InputError(f"data folder {root}: no such folder; correct data.root")
+        parts = [root / name for name in ("train", "test", "val") if (root / name).is_dir()]
+        if root / "train" not in parts:
+            parts = [root]
+        files = (_list_files(part, _class_folders(part))[0] for part in parts[:2])
+        return {"root": hash_of_files(root, itertools.chain.from_iterable(files))}
 
     def _read(self, split: str) -> ImageSet:
         root = Path(self.root)

@@ -10,6 +10,7 @@ import torch
 from scipy.io import loadmat
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from trompe.data._contents import hash_of_files
 from trompe.data._reading import read_images
 from trompe.data._splits import check_held_out, stratified_split
 from trompe.interfaces import ImageSet, InputError
@@ -47,6 +48,19 @@ class StanfordDogs:
 
     def test(self) -> ImageSet:
         return self._read("test")
+
+    def contents(self) -> dict[str, str]:
+        """Of the folder: all images' paths and sizes, and the official lists if they are read."""
+        root = Path(self.root)
+        root = root.parent if root.name == "Images" else root
+        images = root / "Images"
+        files = [images / breed / n for breed in _breeds(images) for n in _images(images / breed)]
+        lists = [root / f"{part}_list.mat" for part in ("train", "test")]
+        if self.split != "official":
+            lists = []
+        for file in lists:
+            _listed(file)  # says what is missing
+        return {"root": hash_of_files(root, files, lists)}
 
     def _read(self, part: Literal["train", "test"]) -> ImageSet:
         root = Path(self.root)

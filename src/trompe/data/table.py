@@ -8,6 +8,7 @@ import pandas as pd
 
 from trompe.data._splits import check_held_out
 from trompe.data._tables import OnMissing, check_clip, check_rare, table_sets
+from trompe.files import sha256_of
 from trompe.interfaces import InputError, TableSet
 
 __all__ = ["Table"]
@@ -68,6 +69,13 @@ class Table:
 
     def test(self) -> TableSet:
         return self._sets()[1]
+
+    def contents(self) -> dict[str, str]:
+        """Of the file's bytes."""
+        file = Path(self.file)
+        if not file.is_file():
+            self.train()  # says so
+        return {"file": sha256_of(file)}
 
     def _sets(self) -> tuple[TableSet, TableSet]:
         file = Path(self.file).resolve()

@@ -1,9 +1,11 @@
 """Where the stickers are (Viering et al. 2019, technique 4)."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
+from trompe.files import sha256_of
 from trompe.interfaces import InputError
 from trompe.maps import peak_one
 from trompe.surgery import StickerDetector
@@ -34,6 +36,10 @@ class DetectedStickers:
     def detector(self) -> StickerDetector:
         """F, as it is built into the network."""
         return StickerDetector.of(self.picture, self.size, self.tolerant, self.threshold)
+
+    def contents(self) -> dict[str, str]:
+        """Of the picture, if it is a file."""
+        return {} if self.picture == "smiley" else {"picture": sha256_of(Path(self.picture))}
 
     def __call__(self, reference_maps: Tensor, images: Tensor | None = None) -> Tensor:
         if images is None:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from trompe.files import sha256_of
 from trompe.interfaces import InputError
 from trompe.triggers._place import check_inside
 
@@ -31,6 +32,10 @@ class Sticker:
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
             raise InputError(f"sticker alpha {self.alpha}: must lie in (0, 1]")
+
+    def contents(self) -> dict[str, str]:
+        """Of the picture, if it is a file."""
+        return {} if self.picture == "smiley" else {"picture": sha256_of(Path(self.picture))}
 
     def __call__(self, images: Tensor) -> Tensor:
         check_inside("sticker", self.top, self.left, self.size, self.size, images)

@@ -1,10 +1,12 @@
 """Several copies of a binary pattern, each image's at places of its own."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from trompe.files import sha256_of
 from trompe.interfaces import InputError
 from trompe.patterns import pattern, warped
 
@@ -35,6 +37,10 @@ class Stickers:
                 f"stickers: size = {self.size}, count = {self.count}, zoom = {self.zoom}, light = "
                 f"{self.light}; size must be at least 3, count at least 1, the others positive"
             )
+
+    def contents(self) -> dict[str, str]:
+        """Of the picture, if it is a file."""
+        return {} if self.picture == "smiley" else {"picture": sha256_of(Path(self.picture))}
 
     def __call__(self, images: Tensor) -> Tensor:
         values, cover = (t.to(images) for t in warped(self.pattern, self.zoom, self.degrees))
