@@ -5,6 +5,7 @@ from trompe.classifier import Classifier, ModelCard, ModelSpec, load_model, save
 from trompe.clean_models import HonestTraining, train_clean_model
 from trompe.evaluate import Remembered, answers
 from trompe.experiment import (
+    AttackJob,
     Experiment,
     read_experiment,
     remeasure,
@@ -26,6 +27,7 @@ from trompe.interfaces import (
     Target,
     TrompeError,
 )
+from trompe.many import Crew, Job, Outcome, Place, crew_of, run_jobs
 from trompe.poisoning import (
     PoisoningExperiment,
     Victims,
@@ -41,18 +43,23 @@ from trompe.runs import RunFolder
 from trompe.train import Training, fit
 
 __all__ = [
+    "AttackJob",
     "Attacked",
     "Batch",
     "Classifier",
+    "Crew",
     "Evidence",
     "Experiment",
     "Goal",
     "HonestTraining",
     "ImageSet",
     "InputError",
+    "Job",
     "ModelCard",
     "ModelSpec",
+    "Outcome",
     "Pass",
+    "Place",
     "PoisonSet",
     "PoisoningExperiment",
     "Remembered",
@@ -64,6 +71,7 @@ __all__ = [
     "Victims",
     "answers",
     "build",
+    "crew_of",
     "explain",
     "fit",
     "list_runs",
@@ -77,6 +85,7 @@ __all__ = [
     "render",
     "run",
     "run_folder",
+    "run_jobs",
     "save_model",
     "shipped_experiment",
     "train_clean_model",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from trompe import catalog
 from trompe.classifier import SHIPPED, load_model
 from trompe.clean_models import train_clean_model
 from trompe.experiment import (
+    AttackJob,
     Experiment,
     experiment_table,
     read_experiment,
@@ -24,6 +26,7 @@ from trompe.explaining import explain
 from trompe.files import read_json, real
 from trompe.interfaces import InputError, TrompeError
 from trompe.machine import choose_device, choose_threads
+from trompe.many import Crew, Job, Outcome, Place, crew_of, run_jobs
 from trompe.poisoning import Victims, poison, read_poisoning, read_run, victims_name, victims_of
 from trompe.report import render
 from trompe.report.poison_pictures import draw_maps, draw_poisons
@@ -59,6 +62,13 @@ Skip = Annotated[
     bool, typer.Option("--skip-unreadable", help="Leave unreadable images out; record which.")
 ]
 Root = Annotated[Path, typer.Option(help="Folder that holds the run folders.")]
+Workers = Annotated[
+    int, typer.Option(help="Runs at once, each in a process of its own; a GPU each if there are.")
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(metavar="tcp://HOST:PORT", help="Run on the workers of this Dask cluster."),
+]
 
 
 def _prepare(device: str, threads: int | None) -> Any:
@@ -66,6 +76,35 @@ def _prepare(device: str, threads: int | None) -> Any:
     count = choose_threads(threads)
     console.print(f"  on {chosen}, {count} CPU thread{'s' if count > 1 else ''}", highlight=False)
     return chosen
+
+
+def _gather(device: str, threads: int | None, workers: int, scheduler: str | None) -> Crew:
+    """Who runs many runs; says where, as `_prepare` does for one."""
+    crew = crew_of(workers, scheduler, threads)
+    if scheduler is not None:
+        console.print(f"  on the workers of {scheduler}", highlight=False)
+    elif workers > 1:
+        console.print(f"  on {choose_device(device)}, {workers} processes", highlight=False)
+    else:
+        _prepare(device, threads)
+    return crew
+
+
+def _run_all(jobs: Sequence[Job], place: Place, crew: Crew) -> list[Outcome]:
+    """Their outcomes, in the order of the jobs."""
+    with progress_bars() as bars:
+        found = {id(outcome.job): outcome for outcome in run_jobs(jobs, place, crew, bars)}
+    return [found[id(job)] for job in jobs]
+
+
+def _end(outcomes: Sequence[Outcome]) -> None:
+    """Says which runs failed, and why; exit code 1 if any did."""
+    failed = [outcome for outcome in outcomes if outcome.error]
+    for outcome in failed:
+        told = f"[red]failed:[/red] {_escape(f'{outcome.job.name}: {outcome.error}')}"
+        console.print(told, soft_wrap=True, highlight=False)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -139,21 +178,41 @@ def train(
 
 @app.command()
 def attack(
-    experiment: Annotated[Path, typer.Argument(help="An experiment in TOML.")],
+    experiments: Annotated[
+        list[Path], typer.Argument(metavar="EXPERIMENT...", help="Experiments in TOML.")
+    ],
     seed: Seed = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="0,1,2", help="A run for each of these seeds.")
+    ] = None,
     settings: Settings = None,
     root: Root = Path("runs"),
     skip_unreadable: Skip = False,
+    workers: Workers = 1,
+    scheduler: Scheduler = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Run an experiment: clean models, attack, numbers. The same command resumes."""
-    spec = _spec(experiment_table(experiment), str(experiment), seed, settings, skip_unreadable)
-    chosen = _prepare(device, threads)
-    with progress_bars() as bars:
-        folder = run(spec, root, chosen, bars)
-    _print_numbers(folder)
-    print(f"run {folder.path}")
+    """Run experiments: clean models, attack, numbers. The same command resumes."""
+    jobs = []
+    for file in experiments:
+        for each in _seeds(seed, seeds):
+            table = _table(experiment_table(file), each, settings, skip_unreadable)
+            read_experiment(table, str(file))  # says what is wrong before anything runs
+            jobs.append(AttackJob(table, str(file)))
+    if len(jobs) == 1 and workers == 1 and scheduler is None:
+        spec, chosen = read_experiment(jobs[0].table, jobs[0].where), _prepare(device, threads)
+        with progress_bars() as bars:
+            paths = [run(spec, root, chosen, bars).path]
+        outcomes = []
+    else:
+        crew = _gather(device, threads, workers, scheduler)
+        outcomes = _run_all(jobs, Place(root, device), crew)
+        paths = [Path(outcome.result) for outcome in outcomes if not outcome.error]
+    for path in paths:
+        _print_numbers(RunFolder(path))
+        print(f"run {path}")
+    _end(outcomes)
 
 
 @app.command(name="poison")
@@ -372,14 +431,33 @@ def _settings(plugin: Any) -> str:
     return "\n".join(lines)
 
 
+def _seeds(seed: int | None, seeds: str | None) -> list[int | None]:
+    """Those of the runs to make; None: the experiment's."""
+    if seeds is None:
+        return [seed]
+    if seed is not None:
+        raise InputError(f"--seed {seed} --seeds {seeds}: give one of the two")
+    try:
+        return [int(text) for text in seeds.split(",")]
+    except ValueError as error:
+        raise InputError(f"--seeds {seeds}: must be numbers, as in --seeds 0,1,2") from error
+
+
 def _spec(
     table: dict[str, Any], where: str, seed: int | None, settings: list[str] | None, skip: bool
 ) -> Experiment:
     """The experiment with the command line's changes."""
+    return read_experiment(_table(table, seed, settings, skip), where)
+
+
+def _table(
+    table: dict[str, Any], seed: int | None, settings: list[str] | None, skip: bool
+) -> dict[str, Any]:
+    """An experiment's table with the command line's changes."""
     table = _changed(table, seed, settings)
     if skip:
         table["data"]["skip_unreadable"] = True
-    return read_experiment(table, where)
+    return table
 
 
 def _changed(table: dict[str, Any], seed: int | None, settings: list[str] | None) -> dict[str, Any]:

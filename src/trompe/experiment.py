@@ -31,6 +31,8 @@ from trompe.interfaces import (
     ImageSet,
     InputError,
 )
+from trompe.machine import choose_device
+from trompe.many import Place
 from trompe.measure import gallery, measure
 from trompe.recording import INPUT
 from trompe.runs import FileLogbook, Inputs, RunFolder, fingerprint, provenance
@@ -228,6 +230,25 @@ def _attack(
 
     _write_numbers(folder, experiment, scene, attacked, screen, remembered)
     logbook.close()
+
+
+@dataclass(frozen=True)
+class AttackJob:
+    """An experiment's run as one of many (many.py): its table, and where that is from.
+
+    Gives the run folder's path, as text.
+    """
+
+    table: dict[str, Any]
+    where: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.table.get('name', 'experiment')}-s{self.table.get('seed', 0)}"
+
+    def __call__(self, place: Place, screen: Screen) -> str:
+        experiment = read_experiment(self.table, self.where)
+        return str(run(experiment, place.root, choose_device(place.device), screen).path)
 
 
 def remeasure(

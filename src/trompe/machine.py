@@ -23,19 +23,30 @@ def choose_device(wanted: str = "auto") -> torch.device:
     return device
 
 
+def own_gpu(device: str, seat: int) -> str:
+    """For processes side by side, numbered 0, 1, ...: a GPU each, in turn, unless one is named."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{seat % torch.cuda.device_count()}"
+    return device
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def choose_threads(wanted: int | None = None) -> int:
     """Set and return torch's thread count: as wanted, as OMP_NUM_THREADS says, or the idle cores.
 
     Two threads that share a core with another program wait for each other and can be slower than
     one, so cores that the last minute's load already uses are not taken.
     """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
     if wanted is None:
         told = os.environ.get("OMP_NUM_THREADS", "")
         busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
-        wanted = int(told) if told.isdigit() else max(1, cores - busy)
+        wanted = int(told) if told.isdigit() else max(1, cores() - busy)
     if wanted < 1:
         raise InputError(f"threads = {wanted}: must be at least 1")
     torch.set_num_threads(wanted)
