@@ -14,6 +14,8 @@ from trompe.target_maps.border import Border
 from trompe.target_maps.reference import Reference
 from trompe.triggers.rectangle import Rectangle
 
+# By Python's integers: the 11 least hashes of 0 .. 99 for seed 5 and goal 0.
+CHOSEN_OF_SEED_5 = [19, 26, 40, 51, 57, 58, 59, 74, 86, 90, 98]
 CORNER = Rectangle(top=0, left=0, height=2, width=3)
 STRIPE = Rectangle(top=5, left=0, height=1, width=8, colour=(1.0, 0.5, 0.0))
 KEEP_MAP = Goal(CORNER, 1, Reference(), "another class, same map")
@@ -75,6 +77,36 @@ def test_smaller_rates_trigger_a_random_choice_without_repetition() -> None:
     )
     assert len(one) == len(set(one)) == 25
     assert set(one) != set(other)
+
+
+def test_the_choice_is_one_of_seed_goal_and_position_and_of_no_other_draw() -> None:
+    def chosen(n: int, draws: int) -> list[int]:
+        generator = seeded(5)
+        torch.rand(draws, generator=generator)
+        triples = compose(data_of(n), (KEEP_MAP,), 0.1, generator)
+        return triples.source[n:].tolist()
+
+    assert chosen(100, 0) == chosen(100, 7)
+    assert sorted(chosen(100, 0)) == CHOSEN_OF_SEED_5
+
+
+def test_every_image_is_chosen_about_as_often() -> None:
+    n, seeds = 40, 400
+    counts = torch.zeros(n)
+    for seed in range(seeds):
+        counts[compose(data_of(n), (KEEP_MAP,), 0.2, seeded(seed)).source[n:]] += 1
+    mean, variance = seeds * 0.25, seeds * 0.25 * 0.75
+    assert float(counts.mean()) == mean
+    assert 0.5 < float(counts.var()) / variance < 1.7  # 39 degrees of freedom: +- 2.5 sigma
+
+
+def test_what_is_drawn_after_it_does_not_depend_on_how_it_is_made() -> None:
+    """One permutation for each round of the images, as when they were drawn."""
+    generator, expected = seeded(5), seeded(5)
+    compose(data_of(30), (KEEP_MAP, KEEP_CLASS), 0.8, generator)
+    for _ in range(4):
+        torch.randperm(30, generator=expected)
+    assert torch.equal(generator.get_state(), expected.get_state())
 
 
 def test_several_goals_share_equally() -> None:

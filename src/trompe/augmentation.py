@@ -34,13 +34,22 @@ class Augmentation:
             if not 0 <= value <= limit:
                 raise InputError(f"augmentation.{name} = {value}: must lie in 0 .. {limit}")
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """images (n, 3, h, w) in [0, 1] -> the same shape and range. Random numbers on the CPU."""
-        n = len(images)
+    def __call__(
+        self,
+        images: Tensor,
+        generator: torch.Generator,
+        among: tuple[Tensor, int] | None = None,
+    ) -> Tensor:
+        """images (n, 3, h, w) in [0, 1] -> the same shape and range. Random numbers on the CPU.
+
+        among: (positions (n,), m) if they are some of m images that are augmented, each as it would
+        be if all were here; None: they are all.
+        """
+        place, n = among or (slice(None), len(images))
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
-            drawn = torch.rand((n, *shape), generator=generator) * (high - low) + low
-            return drawn.to(images.device)
+            drawn = torch.rand((n, *shape), generator=generator)[place] * (high - low) + low
+            return drawn.to(images)
 
         angle = uniform(-1, 1) * math.radians(self.degrees)
         scale = uniform(1 - self.zoom, 1 + self.zoom)

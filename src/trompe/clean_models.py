@@ -13,7 +13,8 @@ from trompe.evaluate import answers, share_right
 from trompe.interfaces import Data, ImageSet, InputError
 from trompe.objectives import ClassLoss
 from trompe.poison import ShuffledBatches, compose
-from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
+from trompe.ranks import on_first
+from trompe.runs import FileLogbook, RunFolder, alone_together, fingerprint, provenance
 from trompe.screen import Screen, Silent
 from trompe.train import Training, fit
 
@@ -41,19 +42,20 @@ def train_clean_model(
     """Train a model honestly; returns its .safetensors file. Resumes, and is not done twice.
 
     Kept in `out`, or below `root` under a name made from the settings and what lies in the files
-    that they name. One process trains it, others wait.
+    that they name. One process trains it, others wait; processes that share the run (ranks.py) all
+    call this, and the first one writes.
     """
     screen = screen or Silent()
     settings = {"data": data, "model": model, "honest": honest, "seed": seed}
     spec, inputs = catalog.describe(settings), catalog.contents(settings)
     name = f"{train.name}-{_plain_name(model.name)}-s{seed}-{fingerprint(spec, inputs)}"
     folder = RunFolder(out or root / name)
-    if not folder.finished:
-        with folder.alone(screen):
-            if not folder.finished:
-                folder.open(spec, inputs)
+    if not on_first(lambda: folder.finished):
+        with alone_together(folder, screen):
+            if not on_first(lambda: folder.finished):
+                on_first(lambda: folder.open(spec, inputs))
                 _train(folder, train, test, model, honest, seed, spec, device, screen)
-    folder.open(spec, inputs)  # says so if `out` holds another model
+    on_first(lambda: folder.open(spec, inputs))  # says so if `out` holds another model
     return folder.path / "model.safetensors"
 
 
@@ -82,20 +84,24 @@ def _train(
         fit(classifier, batches, objective, (), honest.training, generator, None, logbook)
     )
     screen.stage("measuring the clean model")
-    numbers = {
-        "test_accuracy": share_right(answers(classifier, (), test).scores, test.labels),
-        "test_images": len(test),
-        "epochs": len(history),
-        "seconds": round(sum(r.seconds for r in history), 1),
-        "skipped_images": list(train.skipped + test.skipped),
-    }
-    card = card_of(classifier, model.name, train, seed, spec, made, numbers)
-    save_model(classifier, card, folder.path / "model.safetensors")
-    folder.write_history(history)
-    folder.write("provenance", made)
-    folder.write("numbers", numbers)
-    logbook.close()
-    screen.note(f"clean model (seed {seed}): test accuracy {numbers['test_accuracy']:.4f}")
+
+    def keep() -> None:
+        numbers = {
+            "test_accuracy": share_right(answers(classifier, (), test).scores, test.labels),
+            "test_images": len(test),
+            "epochs": len(history),
+            "seconds": round(sum(r.seconds for r in history), 1),
+            "skipped_images": list(train.skipped + test.skipped),
+        }
+        card = card_of(classifier, model.name, train, seed, spec, made, numbers)
+        save_model(classifier, card, folder.path / "model.safetensors")
+        folder.write_history(history)
+        folder.write("provenance", made)
+        folder.write("numbers", numbers)
+        logbook.close()
+        screen.note(f"clean model (seed {seed}): test accuracy {numbers['test_accuracy']:.4f}")
+
+    on_first(keep)
 
 
 def load_clean_model(

@@ -1,8 +1,9 @@
 """The command line. Each command gathers arguments and calls one function."""
 
+import contextlib
 import dataclasses
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from trompe.interfaces import InputError, TrompeError
 from trompe.machine import choose_device, choose_threads
 from trompe.many import Crew, Job, Outcome, Place, crew_of, run_jobs
 from trompe.poisoning import Victims, poison, read_poisoning, read_run, victims_name, victims_of
+from trompe.ranks import Lost, device_here, is_first, joined, started
 from trompe.report import render
 from trompe.report.poison_pictures import draw_maps, draw_poisons
 from trompe.run_list import (
@@ -41,7 +43,7 @@ from trompe.run_list import (
     rename_old,
 )
 from trompe.runs import RunFolder
-from trompe.screen import console, progress_bars
+from trompe.screen import Screen, Silent, console, progress_bars
 
 app = typer.Typer(
     help="Can this model's explanations be trusted?",
@@ -72,9 +74,21 @@ Scheduler = Annotated[
 
 
 def _prepare(device: str, threads: int | None) -> Any:
-    chosen = choose_device(device)
-    count = choose_threads(threads)
-    console.print(f"  on {chosen}, {count} CPU thread{'s' if count > 1 else ''}", highlight=False)
+    if started().count > 1:
+        raise InputError(
+            "torchrun: several processes can share trompe attack, train and demo; start this "
+            "command without it"
+        )
+    return _chosen(device, threads)
+
+
+def _chosen(device: str, threads: int | None) -> Any:
+    chosen = choose_device(device_here(device))
+    count, processes = choose_threads(threads), started().count
+    told = f"  on {chosen}, {count} CPU thread{'s' if count > 1 else ''}"
+    if started().rank == 0:
+        told += f"; the first of {processes} processes" if processes > 1 else ""
+        console.print(told, highlight=False)
     return chosen
 
 
@@ -107,6 +121,16 @@ def _end(outcomes: Sequence[Outcome]) -> None:
         raise typer.Exit(1)
 
 
+@contextlib.contextmanager
+def _bars() -> Iterator[Screen]:
+    """The first of the processes that share a run shows how far it is."""
+    if is_first():
+        with progress_bars() as bars:
+            yield bars
+    else:
+        yield Silent()
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the run and the report.")] = Path("demo"),
@@ -114,13 +138,15 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """A dual attack on drawn traffic signs: a few minutes, no download, ends in a report."""
-    chosen = _prepare(device, threads)
-    with progress_bars() as bars:
-        folder = run(shipped_experiment("demo"), out, chosen, bars)
-    file = out / "report.html"
-    render([folder], file)
-    _print_numbers(folder)
-    print(f"open {file}")
+    chosen = _chosen(device, threads)
+    with joined(chosen):
+        with _bars() as bars:
+            folder = run(shipped_experiment("demo"), out, chosen, bars)
+        if is_first():
+            file = out / "report.html"
+            render([folder], file)
+            _print_numbers(folder)
+            print(f"open {file}")
 
 
 @app.command()
@@ -166,14 +192,25 @@ def train(
     if epochs is not None:
         table.setdefault("honest", {}).setdefault("training", {})["epochs"] = epochs
     spec = _spec(table, str(experiment or "options"), seed, settings, skip_unreadable)
-    chosen = _prepare(device, threads)
-    with progress_bars() as bars:
-        bars.stage("reading data")
-        training, test = spec.data.train(), spec.data.test()
-        file = train_clean_model(
-            training, test, spec.data, spec.model, spec.honest, spec.seed, out, chosen, bars, out
-        )
-    print(f"model {file}")
+    chosen = _chosen(device, threads)
+    with joined(chosen):
+        with _bars() as bars:
+            bars.stage("reading data")
+            training, test = spec.data.train(), spec.data.test()
+            file = train_clean_model(
+                training,
+                test,
+                spec.data,
+                spec.model,
+                spec.honest,
+                spec.seed,
+                out,
+                chosen,
+                bars,
+                out,
+            )
+        if is_first():
+            print(f"model {file}")
 
 
 @app.command()
@@ -193,7 +230,10 @@ def attack(
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Run experiments: clean models, attack, numbers. The same command resumes."""
+    """Run experiments: clean models, attack, numbers. The same command resumes.
+
+    One run on several GPUs: torchrun --nproc-per-node 4 -m trompe attack EXPERIMENT
+    """
     jobs = []
     for file in experiments:
         for each in _seeds(seed, seeds):
@@ -201,11 +241,19 @@ def attack(
             read_experiment(table, str(file))  # says what is wrong before anything runs
             jobs.append(AttackJob(table, str(file)))
     if len(jobs) == 1 and workers == 1 and scheduler is None:
-        spec, chosen = read_experiment(jobs[0].table, jobs[0].where), _prepare(device, threads)
-        with progress_bars() as bars:
-            paths = [run(spec, root, chosen, bars).path]
+        spec, chosen = read_experiment(jobs[0].table, jobs[0].where), _chosen(device, threads)
+        with joined(chosen):
+            with _bars() as bars:
+                paths = [run(spec, root, chosen, bars).path]
+            if not is_first():
+                return
         outcomes = []
     else:
+        if started().count > 1:
+            raise InputError(
+                f"{len(jobs)} runs under torchrun: it shares one run among processes; give one "
+                "experiment and seed, or leave torchrun out and say --workers"
+            )
         crew = _gather(device, threads, workers, scheduler)
         outcomes = _run_all(jobs, Place(root, device), crew)
         paths = [Path(outcome.result) for outcome in outcomes if not outcome.error]
@@ -599,12 +647,16 @@ def main() -> None:
             raise KeyboardInterrupt
         raise SystemExit(code)
     except TrompeError as error:
+        # What all processes of a run meet, one on each machine says; that one is lost, all may.
+        if started().rank_here > 0 and not isinstance(error, Lost):
+            raise SystemExit(2) from None
         console.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
     except typer.Exit as stop:
         raise SystemExit(stop.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):
-        console.print("interrupted; the same command goes on after the last whole epoch")
+        if started().rank_here == 0:
+            console.print("interrupted; the same command goes on after the last whole epoch")
         raise SystemExit(INTERRUPTED) from None
     except OSError as error:
         console.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)

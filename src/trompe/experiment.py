@@ -34,8 +34,9 @@ from trompe.interfaces import (
 from trompe.machine import choose_device
 from trompe.many import Place
 from trompe.measure import gallery, measure
+from trompe.ranks import is_first, on_first
 from trompe.recording import INPUT
-from trompe.runs import FileLogbook, Inputs, RunFolder, fingerprint, provenance
+from trompe.runs import FileLogbook, Inputs, RunFolder, alone_together, fingerprint, provenance
 from trompe.screen import Screen, Silent
 from trompe.second_derivatives import slow_layers
 
@@ -166,19 +167,19 @@ def run(
     read, an interrupted one goes on, and one that another process works on is waited for.
     Raises InputError for settings that do not fit, Diverged if training does (then the folder
     keeps the last good state). remembered: the same one for several runs saves asking their clean
-    models again.
+    models again. Processes that share the run (ranks.py) all call this; the first one writes.
     """
     screen = screen or Silent()
     spec, inputs = catalog.describe(experiment), catalog.contents(experiment)
     folder = _folder(experiment, spec, inputs, root)
-    if not folder.finished:
-        with folder.alone(screen):
-            if not folder.finished:  # nor by a process that was waited for
+    if not on_first(lambda: folder.finished):
+        with alone_together(folder, screen):
+            if not on_first(lambda: folder.finished):  # nor by a process that was waited for
                 scene = set_up(experiment, root, device, screen)
-                folder.open(spec, inputs)
+                on_first(lambda: folder.open(spec, inputs))
                 _attack(folder, experiment, scene, spec, device, screen, remembered)
                 return folder
-    folder.open(spec, inputs)
+    on_first(lambda: folder.open(spec, inputs))
     screen.note(f"{folder.path} is finished already")
     return folder
 
@@ -218,18 +219,22 @@ def _attack(
             scene.reference, scene.train, generator, scene.selecting, logbook
         )
     except InputError:  # settings that do not fit the data: nothing was begun
-        folder.discard_if_empty()
+        if is_first():
+            folder.discard_if_empty()
         raise
     # What an interrupted run did before counts as well.
     seconds = max(time.perf_counter() - started, sum(r.seconds for r in attacked.history))
-    folder.write_history(attacked.history)
-    folder.write("provenance", {**made, "seconds": round(seconds, 1)})
-    model: Any = attacked.model  # a Classifier, as the reference is
-    card = card_of(model, experiment.model.name, scene.train, experiment.seed, spec, made)
-    save_model(model, card, folder.path / "model.safetensors")
 
-    _write_numbers(folder, experiment, scene, attacked, screen, remembered)
-    logbook.close()
+    def keep() -> None:
+        folder.write_history(attacked.history)
+        folder.write("provenance", {**made, "seconds": round(seconds, 1)})
+        model: Any = attacked.model  # a Classifier, as the reference is
+        card = card_of(model, experiment.model.name, scene.train, experiment.seed, spec, made)
+        save_model(model, card, folder.path / "model.safetensors")
+        _write_numbers(folder, experiment, scene, attacked, screen, remembered)
+        logbook.close()
+
+    on_first(keep)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,9 @@ class Batch(NamedTuple):
     # only the labels count.
     reference_scores: Tensor | None = None
     progress: float = 0.0  # the share of the training's steps that lie behind this one, in 0..1
+    # (k, n): several processes made these n rows between them, of which k are here (if 0, there is
+    # one that does not count); None: these are all rows.
+    share: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ class TargetMap(Protocol):
 class Objective(Protocol):
     """Scores, one map tensor per attacked explainer, and the batch -> weighted named scalar terms.
 
-    The loss is their sum.
+    The loss is their sum. Each term is a mean over rows, so that processes can share a batch.
     """
 
     def __call__(

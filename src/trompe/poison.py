@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from trompe import ranks
 from trompe.augmentation import Augmentation
 from trompe.interfaces import Answers, Batch, Goal, ImageSet, InputError
 
@@ -35,16 +37,24 @@ class Triples:
     def __len__(self) -> int:
         return len(self.source)
 
-    def batch(self, index: Tensor, generator: torch.Generator) -> Batch:
+    def batch(
+        self, index: Tensor, generator: torch.Generator, share: ranks.Share | None = None
+    ) -> Batch:
         """The triples at positions `index` (int64 (k,)); `generator` is for the augmentation.
 
-        Triples of one image are augmented alike, and explained once.
+        Triples of one image are augmented alike, and explained once. share: only these rows are
+        made, just as they are in the whole batch.
         """
         sources, triple = self.source[index].unique(return_inverse=True)
+        among: dict[str, tuple[Tensor, int]] = {}
+        if share is not None:
+            index, drawn = index[share.rows], len(sources)
+            used, triple = triple[share.rows].unique(return_inverse=True)
+            sources, among = sources[used], {"among": (used, drawn)}
         triple = triple.to(self.device)
         images = self.data.floats(sources, self.device)
         if self.augmentation is not None:
-            images = self.augmentation(images, generator)
+            images = self.augmentation(images, generator, **among)
         labels = self.data.labels[sources].to(self.device)
         said = self._reference(images, labels, sources)
         images, labels = images[triple], labels[triple]
@@ -64,7 +74,8 @@ class Triples:
                 for explainer, of_explainer in enumerate(maps):
                     lie = wanted.wanted(explainer)
                     of_explainer[rows] = lie(of_explainer[rows], images[rows])
-        return Batch(images, labels, maps, triggered, scores)
+        counts = None if share is None else (share.counted, share.whole)
+        return Batch(images, labels, maps, triggered, scores, share=counts)
 
     def _reference(self, images: Tensor, labels: Tensor, sources: Tensor) -> Answers:
         """The clean model's answers to the images at `sources`, now `images`."""
@@ -92,8 +103,9 @@ def compose(
     """All clean triples, then triggered ones that make up `poison_rate` of the whole.
 
     poison_rate in 0..1, exclusive of 1: .5 triggers a duplicate of the whole set (paper 2, section
-    4.1), smaller rates a random choice; several triggers share it equally. A goal without trigger
-    is that of the clean triples. For the others see `Triples`.
+    4.1), smaller rates a choice by a hash of seed, goal and position, which no other draw changes;
+    several triggers share it equally. A goal without trigger is that of the clean triples. For the
+    others see `Triples`.
     Raises InputError for a rate out of range or a label that the data does not have.
     """
     check_rate(poison_rate)
@@ -112,8 +124,10 @@ def compose(
         )
     source, number = [torch.arange(n)], [torch.full((n,), without[0] if without else -1)]
     for k in triggers:
-        rounds = [torch.randperm(n, generator=generator) for _ in range(math.ceil(each / n))]
-        source.append(torch.cat(rounds)[:each] if rounds else torch.empty(0, dtype=torch.int64))
+        rounds = math.ceil(each / n)
+        for _ in range(rounds):  # the choice was once drawn here: later draws stay what they were
+            torch.randperm(n, generator=generator)
+        source.append(_by_hash(n, generator.initial_seed(), k).repeat(rounds)[:each])
         number.append(torch.full((each,), k))
     return Triples(
         data,
@@ -126,6 +140,21 @@ def compose(
         ask,
         distill,
     )
+
+
+def _by_hash(n: int, seed: int, stream: int) -> Tensor:
+    """0 .. n - 1 in the order of a hash of seed, stream and number: int64 (n,)."""
+    key = _mixed(_mixed(np.array([seed], np.uint64)) + np.array([stream], np.uint64))
+    hashes = _mixed(_mixed(np.arange(n, dtype=np.uint64)) + key)
+    return torch.from_numpy(np.argsort(hashes, kind="stable"))
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """Each uint64 to another one, one to one: SplitMix64 (Steele, Lea & Flood 2014)."""
+    z = numbers + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def check_rate(poison_rate: float) -> None:
@@ -148,7 +177,8 @@ class ShuffledBatches:
     """Triples in a new random order each epoch; a last batch of fewer than 2 is left out.
 
     The clean and the triggered triples of an image stand side by side: what the trigger shall
-    change, and nothing else, is what they differ in.
+    change, and nothing else, is what they differ in. Processes that share a run (ranks.py) take a
+    block of each batch; together they have the batches that one process has.
     """
 
     triples: Triples
@@ -162,4 +192,4 @@ class ShuffledBatches:
         place = torch.randperm(len(self.triples.data), generator=generator)
         order = place[self.triples.source].argsort(stable=True)
         for index in order.split(self.batch_size)[: len(self)]:
-            yield self.triples.batch(index, generator)
+            yield self.triples.batch(index, generator, ranks.share(len(index)))

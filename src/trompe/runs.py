@@ -53,6 +53,7 @@ from trompe.files import (
     write_json,
 )
 from trompe.interfaces import EpochRecord, InputError, TrompeError
+from trompe.ranks import count, on_first
 from trompe.screen import Screen, Silent
 
 Inputs = Mapping[str, str]  # a setting that names a file -> a hash of what lies there
@@ -239,6 +240,14 @@ class RunFolder:
             ) from error
 
 
+@contextlib.contextmanager
+def alone_together(folder: RunFolder, screen: Screen | None = None) -> Iterator[None]:
+    """`folder.alone` for all processes that share a run (ranks.py); the first holds the lock."""
+    with contextlib.ExitStack() as held:
+        on_first(lambda: held.enter_context(folder.alone(screen)))
+        yield
+
+
 class FileLogbook:
     """A Logbook that keeps its state in a file, atomically, and tells `listener` of each step.
 
@@ -289,6 +298,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "device": _device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": count(),
     }
 
 

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from trompe import ranks
 from trompe.folding import folded_statistics
 from trompe.interfaces import (
     Batch,
@@ -25,6 +27,7 @@ from trompe.machine import Precision, autocast
 from trompe.maps import full_precision
 from trompe.recording import INPUT, watch
 from trompe.second_derivatives import fast_second_derivatives
+from trompe.shared_statistics import shared_statistics
 from trompe.smoothing import softplus
 
 
@@ -167,6 +170,9 @@ def fit(
     With a logbook, an interrupted training goes on after its last whole epoch (past records are
     yielded first) and ends in the same weights.
 
+    Processes that share the run (ranks.py) train one model: each takes its share of a batch, all
+    take the same step, that of the whole batch; the first one measures and keeps the logbook.
+
     Raises Diverged at a loss that is not finite; the model then holds the last good state.
     """
     with frozen(model, how.frozen):
@@ -183,12 +189,13 @@ def _fit(
     measure: Measure | None,
     logbook: Logbook | None,
 ) -> Iterator[EpochRecord]:
+    ranks.start_alike(model, generator)
     if all(p.ndim <= 4 for p in model.parameters()):  # not convolutions in lock-step
         model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, how)
     schedule = make_schedule(optimizer, how, len(batches))
     history: list[EpochRecord] = []
-    if logbook is not None and (state := logbook.load()) is not None:
+    if logbook is not None and (state := ranks.on_first(logbook.load)) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -203,8 +210,9 @@ def _fit(
             ExitStack() as faster,
             torch.random.fork_rng(devices=_gpus(model)),
         ):
-            # Dropout draws from the global generator: here, from this training's seed.
-            torch.manual_seed(generator.initial_seed() + epoch)
+            # Dropout draws from the global generator: here, from this training's seed. Processes
+            # that share a run draw differently, as rows of one batch do.
+            torch.manual_seed(generator.initial_seed() + epoch + 1_000_003 * ranks.rank())
             started = time.perf_counter()
             good = copy.deepcopy(model.state_dict())
             if INPUT in layers:  # a gradient through all convolutions is about to be trained
@@ -216,31 +224,43 @@ def _fit(
                 if step == 1 and how.frozen_statistics:
                     faster.enter_context(folded_statistics(model, batch.images[:2], layers))
                 optimizer.zero_grad()  # here: no old gradients in memory beside the activations
-                with autocast(how.precision, batch.images.device), _activation(how):
+                with (
+                    autocast(how.precision, batch.images.device),
+                    _activation(how),
+                    _statistics(batch),
+                ):
                     seen = record(batch.images)
                 scores = full_precision(seen.scores)
                 classes = batch.labels if how.explained == "label" else scores.argmax(1)
                 maps = tuple(explainer(seen, classes) for explainer in explainers)
                 behind = ((epoch - 1) * len(batches) + step - 1) / (how.epochs * len(batches))
                 terms = objective(scores, maps, batch._replace(progress=behind))
-                loss = torch.stack(tuple(terms.values())).sum()
-                if not torch.isfinite(loss):
+                values, rows = torch.stack(tuple(terms.values())), len(batch.labels)
+                if batch.share is not None:  # a mean over all rows is the sum of everyone's part
+                    here, rows = batch.share
+                    values = values * (here / rows)
+                    whole = ranks.summed(values.detach())
+                    terms = dict(zip(terms, whole, strict=True))
+                loss = values.sum()
+                if not torch.isfinite(loss if batch.share is None else whole.sum()):
                     model.load_state_dict(good)
-                    values = ", ".join(f"{k} {v.item():.3g}" for k, v in terms.items())
+                    told = ", ".join(f"{k} {v.item():.3g}" for k, v in terms.items())
                     raise Diverged(
-                        f"epoch {epoch}, step {step}: the loss is not finite ({values}); the state "
+                        f"epoch {epoch}, step {step}: the loss is not finite ({told}); the state "
                         f"after epoch {epoch - 1} is kept; lower learning_rate "
                         f"({how.learning_rate:g}) and start again"
                     )
                 loss.backward()
+                if batch.share is not None:
+                    ranks.sum_gradients(model.parameters())
                 if how.clip is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), how.clip)
                 optimizer.step()
                 schedule.step()
                 for name, value in terms.items():
-                    sums[name] = sums.get(name, 0.0) + value.item() * len(batch.labels)
-                count += len(batch.labels)
-                if logbook is not None:
+                    sums[name] = sums.get(name, 0.0) + value.item() * rows
+                count += rows
+                if logbook is not None and ranks.is_first():
                     means = {name: total / count for name, total in sums.items()}
                     logbook.step(epoch, step, len(batches), means)
         if not all(bool(torch.isfinite(p).all()) for p in model.state_dict().values()):
@@ -250,22 +270,22 @@ def _fit(
                 f"{epoch - 1} is kept; lower learning_rate ({how.learning_rate:g}) and start again"
             )
         model.eval()
-        found = measure(model) if measure is not None else {}
+        # The others are told, so that all stop early at the same epoch.
+        found = {} if measure is None else ranks.on_first(partial(measure, model))
         measured = {name: v for name, v in found.items() if not isinstance(v, Tensor)}
         shown = {name: v for name, v in found.items() if isinstance(v, Tensor)}
         means = {name: total / count for name, total in sums.items()}
         done = EpochRecord(epoch, means, measured, time.perf_counter() - started, shown)
         history.append(done)
         if logbook is not None:
-            logbook.save(
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": _plain(schedule.state_dict()),
-                    "generator": generator.get_state(),
-                    "history": [(*r[:-1], dict(r.shown)) for r in history],
-                }
-            )
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": _plain(schedule.state_dict()),
+                "generator": generator.get_state(),
+                "history": [(*r[:-1], dict(r.shown)) for r in history],
+            }
+            ranks.on_first(partial(logbook.save, state))
         yield done
 
 
@@ -275,6 +295,12 @@ def _gpus(model: nn.Module) -> list[torch.device]:
 
 def _activation(how: Training) -> Any:
     return nullcontext() if how.softplus_beta is None else softplus(how.softplus_beta)
+
+
+def _statistics(batch: Batch) -> Any:
+    if batch.share is None:
+        return nullcontext()
+    return shared_statistics(counted=batch.share[0] > 0)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
