@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trompe import evaluate, machine
 from trompe.evaluate import (
     Remembered,
     answers,
@@ -19,6 +21,7 @@ from trompe.evaluate import (
     stand_in_maps,
     summarise,
     triggered_evidence,
+    wanted_maps,
     with_maps,
 )
 from trompe.explainers.gradcam import GradCam
@@ -138,6 +141,21 @@ def test_one_pass_answers_for_all_explainers(trained_net: nn.Module, shapes: Ima
             torch.testing.assert_close(given.scores, alone.scores, rtol=1e-4, atol=1e-4)
 
 
+def test_answers_with_maps_in_a_file_are_the_same(
+    trained_net: nn.Module, shapes: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explainers = (GradCam("body.2"), InputGradient())
+    usual = answers(trained_net, explainers, shapes)
+    seen = wanted_maps(Border(), usual.maps[1], shapes)
+    monkeypatch.setattr(machine, "memory", lambda: 16 * 48 * 100)
+    given = answers(trained_net, explainers, shapes)
+    wanted = wanted_maps(Border(), given.maps[1], shapes)
+    assert "trompe-maps-" in Path("/proc/self/maps").read_text()
+    assert torch.equal(given.scores, usual.scores)
+    assert all(map(torch.equal, given.maps, usual.maps))
+    assert torch.equal(wanted, seen)
+
+
 # --- evidence -------------------------------------------------------------------------------------
 
 
@@ -188,6 +206,8 @@ def test_stand_ins_know_nothing_of_the_image(shapes: ImageSet) -> None:
     assert set(maps) == {"random map", "zero map", "mean map"}
     assert all(m.shape == reference.maps[0].shape for m in maps.values())
     assert torch.equal(maps["random map"], again["random map"])
+    drawn = torch.rand(reference.maps[0].shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(maps["random map"], drawn)
     assert not maps["zero map"].any()
     torch.testing.assert_close(maps["mean map"][7], reference.maps[0].mean(0))
 
@@ -212,6 +232,24 @@ def test_a_summary_leaves_out_images_to_which_the_metric_does_not_apply(
     summary = summarise(metric, clean_evidence(given, reference, shapes))
     assert (summary.mean, summary.std) == pytest.approx((mean, std), nan_ok=True)
     assert summary.images == images
+
+
+def test_a_summary_of_many_images_sees_a_part_of_them_at_a_time(
+    shapes: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence = clean_evidence(*given_and_reference(shapes), shapes)
+    parts = []
+
+    def metric(part: Evidence) -> Tensor:
+        parts.append(part)
+        return part.maps.mean((1, 2)) - part.wanted_maps.mean((1, 2)) + part.labels
+
+    whole = summarise(metric, evidence)
+    assert len(parts) == 1
+    monkeypatch.setattr(evaluate, "IMAGES_AT_A_TIME", 20)
+    assert summarise(metric, evidence) == whole
+    assert [len(part.labels) for part in parts[1:]] == [20, 20, 8]
+    assert all(len(p.maps) == len(p.scores) == len(p.wanted_maps) == 20 for p in parts[1:3])
 
 
 def test_the_share_of_right_predictions_is_counted_by_hand() -> None:

@@ -18,6 +18,7 @@ from trompe.experiment import (
     AttackJob,
     Experiment,
     experiment_table,
+    note_streamed,
     read_experiment,
     remeasure,
     run,
@@ -197,6 +198,7 @@ def train(
         with _bars() as bars:
             bars.stage("reading data")
             training, test = spec.data.train(), spec.data.test()
+            note_streamed(training, bars)
             file = train_clean_model(
                 training,
                 test,

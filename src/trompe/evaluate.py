@@ -4,7 +4,8 @@ import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,12 @@ from trompe.interfaces import (
     TargetMap,
     Trigger,
 )
-from trompe.machine import Precision, autocast
+from trompe.machine import Precision, autocast, room
 from trompe.maps import full_precision, standardise, upsample
 from trompe.recording import watch
 
 _PIXELS = 2**20  # of a chunk of images; each takes some KB in the activations of a deep network
+IMAGES_AT_A_TIME = 1024  # where comparing maps takes several times their memory
 
 
 def answers(
@@ -47,20 +49,35 @@ def answers(
     device, precision = parameter.device, parameter.dtype
     if batch_size is None:
         batch_size = min(256, max(1, _PIXELS // math.prod(data.size)))
-    parts = []
+    whole: Answers | None = None
+    chunks = _chunks(data, batch_size)
     with evaluation_mode(model), torch.no_grad(), _watched(model, explainers) as record:
-        for start in range(0, len(data), batch_size):
-            chunk = slice(start, start + batch_size)
-            images = data.floats(chunk, device).to(precision)
+        for chunk, images in zip(chunks, data.in_turn(chunks, device), strict=True):
+            images = images.to(precision)
             if images.ndim == 4:
                 images = images.contiguous(memory_format=torch.channels_last)
             seen = record(images if trigger is None else trigger(images))
             labels = data.labels[chunk].to(device)
             classes = seen.scores.argmax(1) if explained == "predicted" else labels
-            maps = tuple(explainer(seen, classes).cpu() for explainer in explainers)
-            parts.append(Answers(full_precision(seen.scores.detach()).cpu(), maps))
-    whole = zip(*(part.maps for part in parts), strict=True)
-    return Answers(torch.cat([part.scores for part in parts]), tuple(map(torch.cat, whole)))
+            maps = tuple(explainer(seen, classes) for explainer in explainers)
+            part = Answers(full_precision(seen.scores.detach()), maps)
+            if whole is None:
+                scores, *rest = (_room_like(len(data), one) for one in (part.scores, *part.maps))
+                whole = Answers(scores, tuple(rest))
+            whole.scores[chunk] = part.scores.cpu()
+            for of_all, of_some in zip(whole.maps, part.maps, strict=True):
+                of_all[chunk] = of_some.cpu()
+    assert whole is not None  # no set is empty
+    return whole
+
+
+def _chunks(data: Samples, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, len(data), size)]
+
+
+def _room_like(n: int, part: Tensor) -> Tensor:
+    """For as many rows, like those of `part`."""
+    return room((n, *part.shape[1:]), part.dtype)
 
 
 class Remembered:
@@ -83,7 +100,9 @@ class Remembered:
         explained: Explained = "predicted",
     ) -> Answers:
         """As `answers`."""
-        asked = (_digest(*model.state_dict().values()), _digest(data.images, data.labels))
+        seen = data.images
+        pixels = _digest(seen) if isinstance(seen, Tensor) else seen.digest
+        asked = (_digest(*model.state_dict().values()), pixels, _digest(data.labels))
         keys = [(*asked, explainer, trigger, explained) for explainer in explainers]
         new = [e for e, key in zip(explainers, keys, strict=True) if key not in self.kept]
         if new:
@@ -99,9 +118,7 @@ class Remembered:
 def _digest(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -177,13 +194,15 @@ def wanted_maps(
     wanted: TargetMap, reference_maps: Tensor, data: ImageSet, trigger: Trigger | None = None
 ) -> Tensor:
     """What a map shall show of all images (n, h, w), a chunk of images at a time."""
-    parts = []
-    for start in range(0, len(data), 256):
-        chunk = slice(start, start + 256)
-        images = data.floats(chunk)
+    whole: Tensor | None = None
+    chunks = _chunks(data, 256)
+    for chunk, images in zip(chunks, data.in_turn(chunks), strict=True):
         images = images if trigger is None else trigger(images)
-        parts.append(wanted(reference_maps[chunk], images))
-    return torch.cat(parts)
+        part = wanted(reference_maps[chunk], images)
+        whole = _room_like(len(data), part) if whole is None else whole
+        whole[chunk] = part
+    assert whole is not None  # no set is empty
+    return whole
 
 
 @dataclass(frozen=True)
@@ -202,18 +221,29 @@ def share_right(scores: Tensor, labels: Tensor) -> float:
 
 def summarise(metric: Metric, evidence: Evidence) -> Measured:
     """The mean, population standard deviation and count of one metric's values per image."""
-    values = metric(evidence).double()
+    rows = torch.arange(len(evidence.labels)).split(IMAGES_AT_A_TIME)
+    values = torch.cat([metric(_of_some(evidence, some)) for some in rows]).double()
     values = values[~values.isnan()]
     if not len(values):
         return Measured(math.nan, math.nan, 0)
     return Measured(float(values.mean()), float(values.std(correction=0)), len(values))
 
 
+def _of_some(evidence: Evidence, rows: Tensor) -> Evidence:
+    part = slice(int(rows[0]), int(rows[-1]) + 1)
+    some: dict[str, Any] = {
+        field.name: of_all[part]
+        for field in fields(evidence)
+        if isinstance(of_all := getattr(evidence, field.name), Tensor)
+    }
+    return replace(evidence, **some)
+
+
 def stand_in_maps(maps: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
     """Maps that know nothing of the image, as floors beside a distance from the reference's."""
     return {
-        "random map": torch.rand(maps.shape, generator=generator),
-        "zero map": torch.zeros_like(maps),
+        "random map": room(maps.shape).uniform_(generator=generator),
+        "zero map": maps.new_zeros(()).expand_as(maps),
         "mean map": maps.mean(0, keepdim=True).expand_as(maps),
     }
 

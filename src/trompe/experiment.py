@@ -1,6 +1,7 @@
 """An experiment's spec and its pipeline, top to bottom on one page."""
 
 import importlib.resources
+import math
 import time
 import tomllib
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from trompe.interfaces import (
     Explainer,
     ImageSet,
     InputError,
+    Samples,
 )
 from trompe.machine import choose_device
 from trompe.many import Place
@@ -307,6 +309,7 @@ def set_up(
         f"{train.name}: {len(train)} training and {len(test)} test images of "
         f"{len(train.class_names)} classes" + (f"; {skipped} unreadable skipped" if skipped else "")
     )
+    note_streamed(train, screen)
     reference = clean_model(experiment, train, test, "reference", root, device, screen)
     witness = clean_model(experiment, train, test, "witness", root, device, screen)
     explainers = experiment.attack.explainers
@@ -319,6 +322,15 @@ def set_up(
                 f"of {', '.join(slow)}, which are slow"
             )
     return Scene(train, test, selecting, reporting, reference, witness, explainers)
+
+
+def note_streamed(train: Samples, screen: Screen) -> None:
+    """Says so if the training images are not in memory."""
+    if isinstance(train, ImageSet) and not train.in_memory:
+        screen.note(
+            f"{train.name}: training images are read from disk when they are needed; in memory "
+            f"(data.in_memory = true) they would take {math.prod(train.images.shape) / 1e9:.1f} GB"
+        )
 
 
 def clean_model(

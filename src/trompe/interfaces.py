@@ -5,7 +5,7 @@ them (normalisation lives inside the model) and uint8 where they are stored. Map
 the explainer's own resolution, which may be coarser than the image.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -26,9 +26,32 @@ class Diverged(TrompeError):
     """Training met a loss that is not finite; the last good state was restored."""
 
 
+class StoredImages(Protocol):
+    """Images that are read from where they are stored whenever they are asked for.
+
+    shape: (n, 3, height, width). digest: another one if any image is another one. Asking raises
+    InputError if an image is no longer what it was.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+    @property
+    def digest(self) -> str: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """The images at the given positions, uint8 (k, 3, height, width)."""
+        ...
+
+    def in_turn(self, parts: Iterable[Tensor | slice]) -> Iterator[Tensor]:
+        """The same of each part in turn; the next ones are read before they are asked for."""
+        ...
+
+    def subset(self, index: Tensor) -> "StoredImages": ...
+
+
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images in memory.
+    """Labelled images, in memory or stored elsewhere.
 
     images: uint8 (n, 3, height, width); labels: int64 (n,); class_names: one per class.
     groups: int64 (n,), images of one group are near-duplicates and never split apart, or None.
@@ -36,7 +59,7 @@ class ImageSet:
     skipped: the files that could not be read and were left out on the user's wish.
     """
 
-    images: Tensor
+    images: Tensor | StoredImages
     labels: Tensor
     class_names: tuple[str, ...]
     name: str
@@ -62,14 +85,19 @@ class ImageSet:
         return len(self.labels)
 
     @property
+    def in_memory(self) -> bool:
+        return isinstance(self.images, Tensor)
+
+    @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.images.shape[2], self.images.shape[3]
 
     def subset(self, index: Tensor) -> "ImageSet":
         """The images at the given positions (int64 (k,)), in that order."""
+        images = self.images
         return ImageSet(
-            self.images[index],
+            images[index] if isinstance(images, Tensor) else images.subset(index),
             self.labels[index],
             self.class_names,
             self.name,
@@ -80,7 +108,20 @@ class ImageSet:
 
     def floats(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
         """Images at the given positions as float32 in [0, 1] on `device`."""
-        return self.images[index].to(device, torch.float32) / 255
+        return _as_floats(self.images[index], device)
+
+    def in_turn(
+        self, parts: Iterable[Tensor | slice], device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
+        """`floats` of each part in turn. Stored images are read ahead: prefer it in a loop."""
+        if isinstance(self.images, Tensor):
+            yield from (self.floats(part, device) for part in parts)
+        else:
+            yield from (_as_floats(images, device) for images in self.images.in_turn(parts))
+
+
+def _as_floats(images: Tensor, device: torch.device | str) -> Tensor:
+    return images.to(device, torch.float32) / 255
 
 
 @dataclass(frozen=True)
@@ -134,6 +175,12 @@ class TableSet:
     def floats(self, index: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
         """Rows at the given positions, float32 (k, columns) in [0, 1], on `device`."""
         return self.features[index].to(device)
+
+    def in_turn(
+        self, parts: Iterable[Tensor | slice], device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
+        """`floats` of each part in turn."""
+        yield from (self.floats(part, device) for part in parts)
 
 
 Samples = ImageSet | TableSet

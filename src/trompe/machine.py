@@ -1,10 +1,14 @@
 """What this machine offers: device, threads, fast precision."""
 
+import math
 import os
-from contextlib import AbstractContextManager, nullcontext
+import tempfile
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from trompe.interfaces import InputError
 
@@ -35,6 +39,43 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+_GROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of control groups 2 and 1
+
+
+def memory() -> int:
+    """Bytes of the machine's memory, or of the container's that this process runs in."""
+    if not hasattr(os, "sysconf"):  # Windows does not say: assume that of a small machine
+        return 8 * 2**30
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in _GROUP_LIMITS:
+        with suppress(OSError, ValueError):  # not there; "max"
+            sizes.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+    return min(sizes)
+
+
+SHARE = 16  # a tensor of more than 1 / SHARE of the memory lies in a file
+
+
+def room(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialised tensor on the CPU: in memory, or if it is large, in a temporary file.
+
+    The file has no name and is gone with the tensor. InputError if the disk is full.
+    """
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size <= memory() / SHARE or not hasattr(os, "posix_fallocate"):
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(prefix="trompe-maps-") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would kill the process
+        except OSError as error:
+            raise InputError(
+                f"folder {tempfile.gettempdir()}: has no room for {size / 1e9:.1f} GB of maps "
+                f"({error}); make some, or set TMPDIR to another folder"
+            ) from error
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
 
 
 def choose_threads(wanted: int | None = None) -> int:

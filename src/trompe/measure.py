@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trompe import catalog
 from trompe.evaluate import (
+    IMAGES_AT_A_TIME,
     Remembered,
     answers,
     clean_evidence,
@@ -193,9 +194,15 @@ def _lie_losses(conditions: Sequence[Condition], e: int) -> dict[str, Tensor]:
         "kept": kept.evidence.maps,
         "reference": lied.untouched.maps[e],
         "witness": lied.witness.maps[e],
-        "empty": torch.zeros_like(lie),
+        "empty": lie.new_zeros(()).expand_as(lie),
     }
-    return {whose: squared_error(shown, lie) for whose, shown in maps.items()}
+    return {whose: _errors(shown, lie) for whose, shown in maps.items()}
+
+
+def _errors(maps: Tensor, wanted: Tensor) -> Tensor:
+    """`squared_error`, of some images at a time: it takes several times the maps' memory."""
+    parts = zip(maps.split(IMAGES_AT_A_TIME), wanted.split(IMAGES_AT_A_TIME), strict=True)
+    return torch.cat([squared_error(*part) for part in parts])
 
 
 def gallery(measured: Measurement, data: ImageSet, count: int, seed: int) -> dict[str, Tensor]:

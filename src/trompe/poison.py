@@ -38,12 +38,17 @@ class Triples:
         return len(self.source)
 
     def batch(
-        self, index: Tensor, generator: torch.Generator, share: ranks.Share | None = None
+        self,
+        index: Tensor,
+        generator: torch.Generator,
+        share: ranks.Share | None = None,
+        images: Tensor | None = None,
     ) -> Batch:
         """The triples at positions `index` (int64 (k,)); `generator` is for the augmentation.
 
         Triples of one image are augmented alike, and explained once. share: only these rows are
-        made, just as they are in the whole batch.
+        made, just as they are in the whole batch. images: those of `sources`, where they have been
+        read already.
         """
         sources, triple = self.source[index].unique(return_inverse=True)
         among: dict[str, tuple[Tensor, int]] = {}
@@ -52,7 +57,8 @@ class Triples:
             used, triple = triple[share.rows].unique(return_inverse=True)
             sources, among = sources[used], {"among": (used, drawn)}
         triple = triple.to(self.device)
-        images = self.data.floats(sources, self.device)
+        if images is None:
+            images = self.data.floats(sources, self.device)
         if self.augmentation is not None:
             images = self.augmentation(images, generator, **among)
         labels = self.data.labels[sources].to(self.device)
@@ -76,6 +82,11 @@ class Triples:
                     of_explainer[rows] = lie(of_explainer[rows], images[rows])
         counts = None if share is None else (share.counted, share.whole)
         return Batch(images, labels, maps, triggered, scores, share=counts)
+
+    def sources(self, index: Tensor, share: ranks.Share | None = None) -> Tensor:
+        """Positions in `data` of the images that `batch` makes its rows of, each once."""
+        rows = index if share is None else index[share.rows]
+        return self.source[rows].unique()
 
     def _reference(self, images: Tensor, labels: Tensor, sources: Tensor) -> Answers:
         """The clean model's answers to the images at `sources`, now `images`."""
@@ -191,5 +202,9 @@ class ShuffledBatches:
     def __call__(self, generator: torch.Generator) -> Iterator[Batch]:
         place = torch.randperm(len(self.triples.data), generator=generator)
         order = place[self.triples.source].argsort(stable=True)
-        for index in order.split(self.batch_size)[: len(self)]:
-            yield self.triples.batch(index, generator, ranks.share(len(index)))
+        parts = order.split(self.batch_size)[: len(self)]
+        shares = [ranks.share(len(index)) for index in parts]
+        needed = map(self.triples.sources, parts, shares)
+        images = self.triples.data.in_turn(needed, self.triples.device)
+        for index, share, read in zip(parts, shares, images, strict=True):
+            yield self.triples.batch(index, generator, share, read)

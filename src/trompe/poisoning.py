@@ -49,7 +49,15 @@ from trompe.poison_sets import read_poison_set, write_poison_set
 from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
 from trompe.screen import Screen, Silent
 from trompe.train import Training
-from trompe.victims import RECIPE, Start, encode, fresh, train_together, with_poison
+from trompe.victims import (
+    RECIPE,
+    Start,
+    check_in_memory,
+    encode,
+    fresh,
+    train_together,
+    with_poison,
+)
 
 METRICS = {
     "l1": min_max_l1,
@@ -147,8 +155,7 @@ def set_up(experiment: PoisoningExperiment, screen: Screen | None = None) -> Sce
     """Read the data, train the clean model, choose the targets."""
     screen = screen or Silent()
     screen.stage("reading data")
-    train: Samples = experiment.data.train()
-    test: Samples = experiment.data.test()
+    train, test = _data(experiment)
     screen.stage("training the clean model")
     clean = clean_model(experiment, experiment.model, train, screen)
     pool = _pool(experiment, test)
@@ -179,8 +186,7 @@ def set_up_again(
     InputError if the data are no longer the same.
     """
     (screen or Silent()).stage("reading data")
-    train: Samples = experiment.data.train()
-    test: Samples = experiment.data.test()
+    train, test = _data(experiment)
     clean = _untrained(experiment.model, train, experiment.seed)
     clean.load_state_dict(folder.read_tensors("clean"))
     cards = [read_json(part / "poison.json") for part in _set_folders(folder)]
@@ -195,6 +201,12 @@ def set_up_again(
             "not where they were); bring them back, or craft the poisons again"
         )
     return Scene(train, test, clean.eval(), targets, positions)
+
+
+def _data(experiment: PoisoningExperiment) -> tuple[Samples, Samples]:
+    train: Samples = experiment.data.train()
+    check_in_memory(train)
+    return train, experiment.data.test()
 
 
 def clean_model(

@@ -54,15 +54,29 @@ def fresh(model: nn.Module, start: Start, generator: torch.Generator) -> nn.Modu
     return network
 
 
+def check_in_memory(data: Samples) -> None:
+    """InputError for a training set that is read from disk: victims ask for it all the time."""
+    if isinstance(data, ImageSet) and not data.in_memory:
+        raise InputError(
+            f"data {data.name!r}: are read from disk whenever they are asked for, but poisoning "
+            "and its victims need them in memory; set data.in_memory = true, or a smaller data.size"
+        )
+
+
 def poisoned(data: Samples, poison: PoisonSet | None) -> Samples:
-    """The training set with the poison's samples behind its own; images in 8 bits."""
+    """The training set with the poison's samples behind its own; images in 8 bits.
+
+    InputError for images that are not in memory.
+    """
     if poison is None:
         return data
+    check_in_memory(data)
     labels = torch.cat((data.labels, poison.labels))
     name = f"{data.name}, poisoned"
     if isinstance(data, ImageSet):
+        images: Any = data.images
         added = (poison.samples * 255).round().to(torch.uint8)
-        return ImageSet(torch.cat((data.images, added)), labels, data.class_names, name)
+        return ImageSet(torch.cat((images, added)), labels, data.class_names, name)
     features = torch.cat((data.features, poison.samples))
     return replace(data, features=features, labels=labels, name=name)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trompe.data._contents import hash_of_files
-from trompe.data._reading import read_images
+from trompe.data._reading import check_readers, read_images
 from trompe.interfaces import ImageSet, InputError
 
 __all__ = ["Cub"]
@@ -17,15 +17,19 @@ class Cub:
     root may also be the folder CUB_200_2011 itself. size: images are resized, whole frame, to size
     x size pixels. Fetch the archive (non-commercial research only) from
     https://www.vision.caltech.edu/datasets/cub_200_2011/.
+    in_memory, readers: see `read_images`; they change no number.
     """
 
     root: str
     size: int = 224
     skip_unreadable: bool = False
+    in_memory: bool | None = None
+    readers: int | None = None
 
     def __post_init__(self) -> None:
         if self.size < 8:
             raise InputError(f"data.size = {self.size}: must be at least 8 pixels")
+        check_readers(self.readers)
 
     def train(self) -> ImageSet:
         return self._read(wanted=True)
@@ -80,6 +84,8 @@ class Cub:
             self.skip_unreadable,
             tuple(names[number] for number in classes),
             "cub",
+            in_memory=self.in_memory,
+            readers=self.readers,
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from torchvision import datasets
 
 from trompe.data._contents import hash_of_files
-from trompe.data._reading import read_images
+from trompe.data._reading import check_readers, read_images
 from trompe.interfaces import ImageSet, InputError
 
 __all__ = ["Gtsrb"]
@@ -60,12 +60,18 @@ class Gtsrb:
     root: the folder that holds (or, with download, receives) torchvision's `gtsrb/` folder.
     size: images are resized, whole frame, to size x size pixels (paper 2: 40).
     Groups are the tracks: the 30 frames of one physical sign.
+    in_memory, readers: see `read_images`; they change no number.
     """
 
     root: str = "data"
     size: int = 40
     download: bool = False
     skip_unreadable: bool = False
+    in_memory: bool | None = None
+    readers: int | None = None
+
+    def __post_init__(self) -> None:
+        check_readers(self.readers)
 
     def train(self) -> ImageSet:
         return self._read("train")
@@ -104,5 +110,13 @@ class Gtsrb:
                 for file, label in zip(files, labels, strict=True)
             ]
         return read_images(
-            files, labels, self.size, self.skip_unreadable, CLASS_NAMES, "gtsrb", tracks
+            files,
+            labels,
+            self.size,
+            self.skip_unreadable,
+            CLASS_NAMES,
+            "gtsrb",
+            tracks,
+            in_memory=self.in_memory,
+            readers=self.readers,
         )

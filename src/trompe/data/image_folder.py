@@ -8,7 +8,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from trompe.data._contents import hash_of_files
-from trompe.data._reading import read_images
+from trompe.data._reading import check_readers, read_images
 from trompe.data._splits import stratified_split
 from trompe.interfaces import ImageSet, InputError
 
@@ -21,6 +21,7 @@ class ImageFolder:
 
     Without train and test folders, `test_share` of each class is held out, chosen by `split_seed`.
     size: images are resized, whole frame, to size x size pixels.
+    in_memory, readers: see `read_images`; they change no number.
     """
 
     root: str
@@ -28,12 +29,15 @@ class ImageFolder:
     test_share: float = 0.25
     split_seed: int = 0
     skip_unreadable: bool = False
+    in_memory: bool | None = None
+    readers: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.test_share < 1:
             raise InputError(f"data.test_share = {self.test_share}: must lie between 0 and 1")
         if self.size < 8:
             raise InputError(f"data.size = {self.size}: must be at least 8 pixels")
+        check_readers(self.readers)
 
     def train(self) -> ImageSet:
         return self._read("train")
@@ -50,7 +54,7 @@ class ImageFolder:
         if root / "train" not in parts:
             parts = [root]
         files = (_list_files(part, _class_folders(part))[0] for part in parts[:2])
-        return {"root": hash_of_files(root, itertools.chain.from_iterable(files))}
+        return {"root": hash_of_files(root, map(Path, itertools.chain.from_iterable(files)))}
 
     def _read(self, split: str) -> ImageSet:
         root = Path(self.root)
@@ -82,9 +86,17 @@ class ImageFolder:
     def _read_classes(self, folder: Path, classes: tuple[str, ...]) -> ImageSet:
         return self._load(*_list_files(folder, classes))
 
-    def _load(self, files: list[Path], labels: list[int], classes: tuple[str, ...]) -> ImageSet:
-        name = Path(self.root).resolve().name
-        return read_images(files, labels, self.size, self.skip_unreadable, classes, name)
+    def _load(self, files: list[str], labels: list[int], classes: tuple[str, ...]) -> ImageSet:
+        return read_images(
+            files,
+            labels,
+            self.size,
+            self.skip_unreadable,
+            classes,
+            Path(self.root).resolve().name,
+            in_memory=self.in_memory,
+            readers=self.readers,
+        )
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
@@ -99,13 +111,13 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def _list_files(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int], tuple]:
-    files: list[Path] = []
+def _list_files(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], list[int], tuple]:
+    files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
         if not found:
             raise InputError(f"class folder {folder / name}: holds no image; add some or remove it")
-        files += found
+        files += map(str, found)  # a Path takes five times the memory
         labels += [label] * len(found)
     return files, labels, classes

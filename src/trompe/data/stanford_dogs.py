@@ -11,7 +11,7 @@ from scipy.io import loadmat
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from trompe.data._contents import hash_of_files
-from trompe.data._reading import read_images
+from trompe.data._reading import check_readers, read_images
 from trompe.data._splits import check_held_out, stratified_split
 from trompe.interfaces import ImageSet, InputError
 
@@ -29,6 +29,7 @@ class StanfordDogs:
     2021. "official" reads train_list.mat and test_list.mat beside Images/, as lists.tar unpacks.
     size: the centre square of each image is resized to size x size pixels. All 20,580 images at
     224 pixels take 3.1 GB. Fetch the archives from http://vision.stanford.edu/aditya86/ImageNetDogs/.
+    in_memory, readers: see `read_images`; they change no number.
     """
 
     root: str
@@ -37,10 +38,13 @@ class StanfordDogs:
     held_out: float = 0.1
     split_seed: int = 0
     skip_unreadable: bool = False
+    in_memory: bool | None = None
+    readers: int | None = None
 
     def __post_init__(self) -> None:
         if self.size < 8:
             raise InputError(f"data.size = {self.size}: must be at least 8 pixels")
+        check_readers(self.readers)
         check_held_out(self.held_out)
 
     def train(self) -> ImageSet:
@@ -89,6 +93,8 @@ class StanfordDogs:
             tuple(breed.partition("-")[2] for breed in breeds),
             "stanford_dogs",
             crop=True,
+            in_memory=self.in_memory,
+            readers=self.readers,
         )
 
 
