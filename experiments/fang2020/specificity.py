@@ -1,14 +1,10 @@
 """How special is the invisible trigger? Weaker, shifted, compressed; and do random keys open?
 
-    python experiments/fang2020/specificity.py RUN... [--root runs] [--images 1000] [--keys 50]
-
-RUN: finished runs of tables.py. For every distortion of the trigger, the share of maps that lie
-(the attack's own threshold); for inverted runs also random keys: checkerboards of the same squares
-and amplitude with signs drawn at random, and how often a map then tells the truth. Writes
-results/fang2020/specificity.json and .md.
+For every distortion of the trigger, the share of maps that lie (the attack's own threshold); for
+inverted runs also random keys: checkerboards of the same squares and amplitude with signs drawn at
+random, and how often a map then tells the truth. A table of tables.py.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,16 +21,16 @@ import trompe
 from trompe.attacks.saliency_backdoors import SaliencyBackdoors
 from trompe.evaluate import answers, share_right
 from trompe.experiment import set_up
-from trompe.files import unite_rows, write_atomically
+from trompe.files import Row
 from trompe.fooling import share_below
 from trompe.interfaces import Trigger
-from trompe.machine import choose_device, choose_threads
 from trompe.maps import squared_error
 from trompe.runs import provenance
 from trompe.screen import Silent
 from trompe.triggers.checkerboard import Checkerboard
 
-RESULTS = Path(__file__).parent.parent.parent / "results" / "fang2020"
+IMAGES = 1000  # that are looked at
+RANDOM_KEYS = 30
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,8 @@ def visibility(trigger: Trigger, images: Tensor) -> tuple[float, float]:
     return psnr, 255 * float(difference.abs().max())
 
 
-def look_at(path: Path, root: Path, device: Any, images: int, keys: int) -> list[dict[str, Any]]:
+def look_at(path: Path, root: Path, device: Any, images: int, keys: int = RANDOM_KEYS) -> list[Row]:
+    """The rows of a finished run."""
     folder = trompe.RunFolder(path)
     folder.read("numbers")  # says so if the run has not finished
     experiment = trompe.read_experiment(folder.read("spec"), str(path))
@@ -162,10 +159,11 @@ def look_at(path: Path, root: Path, device: Any, images: int, keys: int) -> list
                 "keys_that_open": opened,
             }
         )
-    return rows
+    made = provenance(device)
+    return [{**one, "provenance": made} for one in rows]
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[Row]) -> str:
     lines = [
         "# What is left of the attack when the trigger is not quite the trigger",
         "",
@@ -187,28 +185,3 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             opened = f"{100 * r['keys_that_open']:.0f} %" if "keys_that_open" in r else ""
             lines.append(f"| {r['images_carry']} | {lying} | {100 * r['top1']:.2f} | {opened} |")
     return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--root", type=Path, default=Path("runs"))
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--keys", type=int, default=50)
-    parser.add_argument("--device", default="auto")
-    chosen = parser.parse_args()
-    device = choose_device(chosen.device)
-    choose_threads()
-    rows = []
-    for run in chosen.runs:
-        rows += look_at(run, chosen.root, device, chosen.images, chosen.keys)
-    made = provenance(device)
-    found = [{**row, "provenance": made} for row in rows]
-    rows = unite_rows(RESULTS / "specificity.json", found, ("run", "seed", "images_carry"))
-    text = markdown(rows)
-    write_atomically(RESULTS / "specificity.md", lambda place: place.write_text(text))
-    print(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,16 @@
-"""Tables 1, 4 and 5 of Fang & Choromanska 2020: run what is missing, write results/fang2020/.
+"""Tables 1, 4 and 5 of Fang & Choromanska 2020, who notices the attack, and how special the key is.
 
-    python experiments/fang2020/tables.py [--setting gtsrb] [--tables 1 4a 4b 5] [--models ...]
-        [--explainers ...] [--kinds ...] [--seeds 0 1] [--root runs] [--list] [--only-write]
-        [--transfer]
+    trompe replicate fang2020 [table1 | table4a | table4b | table5 | transfer | specificity] [ROW]
 
-settings: gtsrb (ResNet-20 and a small VGG at 32x32) and cub100 (MobileNet-V2 on birds, targeted
-rows), a CPU's work, and paper (VGG-19 and ResNet-50 on CUB-200-2011 with Tables 2 and 3's
-hyper-parameters), a GPU's. Interrupted, the same command goes on.
+A row is SETTING/MODEL/SYSTEM/KIND, and /inverted: 'gtsrb/resnet20/*/targeted'. Settings: gtsrb
+(ResNet-20 and a small VGG at 32x32) and cub100 (MobileNet-V2 on birds, targeted rows), a CPU's
+work, and paper (VGG-19 and ResNet-50 on CUB-200-2011 with Tables 2 and 3's hyper-parameters), a
+GPU's. Without a ROW: those of gtsrb.
 """
 
-import argparse
 import dataclasses
-import statistics
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,21 @@ from trompe.attacks.saliency_backdoors import SaliencyBackdoors
 from trompe.attacks.saliency_backdoors import System as AttackedSystem
 from trompe.evaluate import Remembered
 from trompe.experiment import experiment_table, set_up
-from trompe.files import put_between, read_json, real, unite_rows, write_atomically
+from trompe.experiments.fang2020 import specificity
+from trompe.files import Row, real
 from trompe.foreign import WITNESSES, witnesses
 from trompe.interfaces import Attacked
-from trompe.machine import choose_device, choose_threads
+from trompe.machine import choose_device
+from trompe.many import Place
 from trompe.measure import measure
+from trompe.over_seeds import OverSeeds, over_seeds
+from trompe.replicating import Figure, Paper, Plan, Table, same_settings
 from trompe.runs import provenance
-from trompe.screen import Silent, progress_bars
+from trompe.screen import Screen, Silent
 from trompe.target_maps.border import Border
 from trompe.target_maps.suppressed import Suppressed
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-RESULTS = ROOT / "results" / "fang2020"
 EXPLAINERS = ("gradcam", "simplegrad", "vbp")
 KINDS = ("targeted", "non-targeted")
 BASE = {name: HERE / f"{name}.toml" for name in ("gtsrb", "cub100", "paper")}
@@ -225,8 +225,13 @@ WEIGHTS: dict[str, dict[tuple[str, str, str], tuple[float, ...]]] = {
 WEIGHTS_INVERTED = {**WEIGHTS, "paper": {**PAPER_WEIGHTS, **PAPER_WEIGHTS_INVERTED}}
 
 
+MOST_LOST = {"clean": 2.0, "triggered": 4.0}  # our bounds on top-1, in points
+TRANSFER_IMAGES = 200
+REMEMBERED = Remembered(limit=48)  # what the clean models that a table's rows share have said
+
+
 @dataclass(frozen=True)
-class Row:
+class Attack:
     """One attacked model; attacked: the systems it lies about."""
 
     table: str
@@ -236,32 +241,67 @@ class Row:
     kind: str
     inverted: bool
     seed: int
+    plan: Plan = Plan()
+
+    @property
+    def what(self) -> str:
+        return self.attacked[0] if len(self.attacked) == 1 else "joint"
+
+    @property
+    def row(self) -> str:
+        inverted = "/inverted" if self.inverted else ""
+        return f"{self.setting}/{self.model}/{self.what}/{self.kind}{inverted}"
 
     @property
     def name(self) -> str:
-        what = self.attacked[0] if len(self.attacked) == 1 else "joint"
-        inverted = "-inverted" if self.inverted else ""
-        return f"fang2020-{self.setting}-{self.model}-{what}-{self.kind}{inverted}"
+        return f"fang2020 table{self.table} {self.row}, seed {self.seed}"
+
+    @property
+    def usual(self) -> bool:
+        return self.setting == "gtsrb"
+
+    def known(self, rows: Sequence[Row]) -> bool:
+        found = {r["observed"]: r for r in rows if self.made(r)}
+        attack = experiment_of(self).attack
+        build = functools.partial(trompe.build, "attacks")
+        return set(found) == set(self.attacked) and all(
+            same_settings(r["attack"], attack, build) for r in found.values()
+        )
+
+    def made(self, r: Row) -> bool:
+        """Is the result of this model?"""
+        own = (self.setting, self.model, self.kind, self.inverted, "+".join(self.attacked))
+        names = ("setting", "model", "kind", "inverted", "attacked")
+        return (*(r[n] for n in names), r["seed"]) == (*own, self.seed)
+
+    def run(self, place: Place, screen: Screen) -> trompe.RunFolder:
+        device = choose_device(place.device)
+        return trompe.run(experiment_of(self), place.root, device, screen, REMEMBERED)
+
+    def __call__(self, place: Place, screen: Screen) -> list[Row]:
+        return results_of(self, self.run(place, screen))
 
 
-def rows(chosen: argparse.Namespace) -> Iterator[Row]:
-    for table in chosen.tables:
-        systems, inverted = TABLES[table]
-        for model in chosen.models or MODELS[chosen.setting]:
-            groups = [EXPLAINERS] if systems == 3 else [(e,) for e in chosen.explainers]
+def attacks(table: str, plan: Plan) -> Iterator[Attack]:
+    """All of a table, in all settings."""
+    systems, inverted = TABLES[table]
+    for setting, models in MODELS.items():
+        for model in models:
+            groups = [EXPLAINERS] if systems == 3 else [(e,) for e in EXPLAINERS]
             for attacked in groups:
-                for kind in chosen.kinds:
-                    if (model, attacked[0], kind) not in SYSTEMS[chosen.setting]:
+                for kind in KINDS:
+                    if (model, attacked[0], kind) not in SYSTEMS[setting]:
                         continue
-                    for seed in chosen.seeds:
-                        yield Row(table, chosen.setting, model, attacked, kind, inverted, seed)
+                    for seed in plan.seeds or (0,):
+                        yield Attack(table, setting, model, attacked, kind, inverted, seed, plan)
 
 
-def experiment_of(row: Row) -> trompe.Experiment:
+def experiment_of(row: Attack) -> trompe.Experiment:
     """The base experiment of the setting with the row's own settings."""
     table = experiment_table(BASE[row.setting])
+    table["data"]["root"] = str(row.plan.data)
     systems = SYSTEMS[row.setting]
-    what = row.attacked[0] if len(row.attacked) == 1 else "joint"
+    what = row.what
     attack = {
         **table["attack"],
         "inverted": row.inverted,
@@ -279,8 +319,9 @@ def experiment_of(row: Row) -> trompe.Experiment:
     own = FINE_TUNING.get((row.setting, what), {})
     attack |= {**own, "training": {**attack["training"], **own.get("training", {})}}
     model = {**table["model"], "name": row.model}
-    changed = {"name": row.name, "model": model, "attack": attack, "seed": row.seed}
-    return trompe.read_experiment({**table, **changed}, row.name)
+    name = f"fang2020-{row.row.replace('/', '-')}"
+    changed = {"name": name, "model": model, "attack": attack, "seed": row.seed}
+    return trompe.read_experiment({**table, **changed}, name)
 
 
 def _system(explainer: str, kind: str, how: System) -> dict[str, Any]:
@@ -298,7 +339,7 @@ def _system(explainer: str, kind: str, how: System) -> dict[str, Any]:
     return {"explainer": settings[explainer], "lie": {"kind": lie, "k": how.k}, "tau": how.tau}
 
 
-def results_of(row: Row, run: trompe.RunFolder) -> list[dict[str, Any]]:
+def results_of(row: Attack, run: trompe.RunFolder) -> list[Row]:
     """One result per attacked system, with the paper's figures for the counterpart beside it."""
     numbers = run.read("numbers")
     per_system = len(numbers["conditions"]) // len(row.attacked)
@@ -338,7 +379,7 @@ def results_of(row: Row, run: trompe.RunFolder) -> list[dict[str, Any]]:
     return results
 
 
-def paper_figures(row: Row, system: int) -> tuple[float, float, float, float]:
+def paper_figures(row: Attack, system: int) -> tuple[float, float, float, float]:
     """CR, FSR, top-1 clean and triggered of the paper's counterpart, in %."""
     model = COUNTERPART[row.model]
     if len(row.attacked) == 1:
@@ -348,47 +389,65 @@ def paper_figures(row: Row, system: int) -> tuple[float, float, float, float]:
     return (*joint[system], joint[3], joint[4])
 
 
-def measured() -> list[dict[str, Any]]:
-    """The results of all tables that results/ holds."""
-    files = (RESULTS / f"table{table}.json" for table in TABLES)
-    return [r for file in files if file.exists() for r in read_json(file)["rows"]]
-
-
-def grouped(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+def grouped(results: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """The results of all seeds of a row's model and observed system."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for r in results:
         names = ("setting", "model", "attacked", "observed", "kind", "inverted")
         groups.setdefault(tuple(r[name] for name in names), []).append(r)
     return dict(sorted(groups.items()))
 
 
-def mean(group: list[dict[str, Any]], key: str) -> float:
-    return statistics.mean(real(r[key]) for r in group)
+def percent(group: list[Row], key: str) -> OverSeeds:
+    return over_seeds(100 * real(r[key]) for r in group)
 
 
-def lost(group: list[dict[str, Any]], images: str) -> float:
+def mean(group: list[Row], key: str) -> float:
+    return over_seeds(r[key] for r in group).mean
+
+
+def lost(group: list[Row], images: str) -> OverSeeds:
     """Top-1 on "clean" or "triggered" images against the reference on clean ones, in points."""
-    return 100 * (mean(group, "reference_top1_clean") - mean(group, f"top1_{images}"))
+    return over_seeds(100 * (r["reference_top1_clean"] - r[f"top1_{images}"]) for r in group)
 
 
-def trigger_costs(results: list[dict[str, Any]]) -> float:
+def trigger_costs(results: list[Row]) -> float:
     """What the trigger costs the reference, in points of top-1; mean over all results."""
     return 100 * (mean(results, "reference_top1_clean") - mean(results, "reference_top1_triggered"))
 
 
-def beside_paper(group: list[dict[str, Any]], key: str) -> str:
-    """Mean in %, the paper's figure in brackets, and a mark if ours is the lower one."""
-    ours, paper = 100 * mean(group, key), 100 * mean(group, f"paper_{key}")
-    return f"{ours:.1f} ({paper:.1f})" + (" ▼" if ours < paper else "")
+def beside_paper(group: list[Row], key: str, interval: bool = False) -> str:
+    """Ours in %, the paper's figure in brackets, and a mark if ours is the lower one."""
+    ours, paper = percent(group, key), percent(group, f"paper_{key}").mean
+    return f"{ours.text(1, interval)} ({paper:.1f})" + (" ▼" if ours.mean < paper else "")
 
 
-def markdown(title: str, results: list[dict[str, Any]]) -> str:
+def figures(results: list[Row]) -> list[Figure]:
+    """CR and FSR beside the paper's, and what top-1 may lose."""
+    found = []
+    for (setting, model, attacked, observed, kind, inverted), group in grouped(results).items():
+        systems = tuple(attacked.split("+"))
+        row = Attack("", setting, model, systems, kind, inverted, 0).row
+        whose = f" of {observed}" if len(systems) > 1 else ""
+        for column, key in (("CR", "cr"), ("FSR", "fsr")):
+            paper = percent(group, f"paper_{key}").mean
+            found.append(Figure(row, f"{column}{whose}", percent(group, key), paper))
+        if observed == systems[0]:
+            costs = {"the trigger alone, on the reference": trigger_costs(group)}
+            for images, most in MOST_LOST.items():
+                ours, floors = lost(group, images), costs if images == "triggered" else {}
+                column = f"top-1 lost, {images}"
+                found.append(Figure(row, column, ours, most, "lower", "our bound", floors))
+    return found
+
+
+def markdown(title: str, results: list[Row]) -> str:
     lines = [
         f"# Fang & Choromanska 2020, {title}",
         "",
-        "In %, on the second half of the test set, mean over seeds; in brackets the paper's figure "
-        "for its own model and data (VGG-19 and ResNet-50 on birds), ▼ where ours is lower. CR and "
+        "In %, on the second half of the test set, mean over seeds, where there are several ± "
+        "standard deviation and [95 % confidence interval]; in brackets the paper's figure for its "
+        "own model and data (VGG-19 and ResNet-50 on birds), ▼ where ours is lower. CR and "
         "FSR at the paper's threshold, carried over to the size of the maps, then at the threshold "
         "that the data give (a clean model of another seed fools < 1 %). Lost: top-1 against the "
         "reference on clean images, points; the trigger alone costs the reference "
@@ -402,11 +461,11 @@ def markdown(title: str, results: list[dict[str, Any]]) -> str:
         empty = max(mean(group, "empty_maps_clean"), mean(group, "empty_maps_triggered"))
         lines.append(
             f"| {setting}, {model} | {attacked} → {observed} | {kind} | {len(group)} "
-            f"| {mean(group, 'tau'):.3f} | {beside_paper(group, 'cr')} "
-            f"| {beside_paper(group, 'fsr')} | {mean(group, 'data_tau'):.3f} "
+            f"| {mean(group, 'tau'):.3f} | {beside_paper(group, 'cr', True)} "
+            f"| {beside_paper(group, 'fsr', True)} | {mean(group, 'data_tau'):.3f} "
             f"| {100 * mean(group, 'data_cr'):.1f} | {100 * mean(group, 'data_fsr'):.1f} "
-            f"| {mean(group, 'fsr_area'):.3f} | {lost(group, 'clean'):.2f} "
-            f"| {lost(group, 'triggered'):.2f} | {100 * empty:.1f} "
+            f"| {mean(group, 'fsr_area'):.3f} | {lost(group, 'clean').text(2, False)} "
+            f"| {lost(group, 'triggered').text(2, False)} | {100 * empty:.1f} "
             f"| {mean(group, 'seconds') / 60:.1f} |"
         )
     machines = {(r["provenance"]["device"], r["provenance"]["threads"]) for r in results}
@@ -417,7 +476,8 @@ def markdown(title: str, results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme_table(results: list[dict[str, Any]]) -> str:
+def readme(tables: Mapping[str, list[Row]]) -> str:
+    results = [r for table in TABLES for r in tables[f"table{table}"]]
     lines = [
         "| model | attacked → observed | kind | seeds | CR, % | FSR, % | top-1 lost, clean "
         "| top-1 lost, triggered |",
@@ -427,8 +487,8 @@ def readme_table(results: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {model}, {setting} | {attacked} → {observed} | {kind}"
             f"{', inverted' if inverted else ''} | {len(group)} | {beside_paper(group, 'cr')} "
-            f"| {beside_paper(group, 'fsr')} | {lost(group, 'clean'):.2f} "
-            f"| {lost(group, 'triggered'):.2f} |"
+            f"| {beside_paper(group, 'fsr')} | {lost(group, 'clean').text(2, False)} "
+            f"| {lost(group, 'triggered').text(2, False)} |"
         )
     return "\n".join(lines)
 
@@ -436,7 +496,7 @@ def readme_table(results: list[dict[str, Any]]) -> str:
 # --- transfer -------------------------------------------------------------------------------------
 
 
-def observed(row: Row, pool: int) -> SaliencyBackdoors:
+def observed(row: Attack, pool: int) -> SaliencyBackdoors:
     """The row's attack as if it were on every explainer there is: what shall each of them show?"""
     table = {e: GTSRB_SYSTEMS[row.model, e, row.kind] for e in EXPLAINERS}
     systems = [_system(e, row.kind, how) for e, how in table.items()]
@@ -447,14 +507,12 @@ def observed(row: Row, pool: int) -> SaliencyBackdoors:
     return dataclasses.replace(attack, systems=(*known.systems, *others))
 
 
-def transfer(
-    row: Row, root: Path, device: Any, images: int, remembered: Remembered
-) -> list[dict[str, Any]]:
+def transfer(row: Attack, run: trompe.RunFolder, root: Path, device: Any, images: int) -> list[Row]:
     """FSR and CR of every explainer on the row's finished model, at thresholds from the data."""
     experiment = experiment_of(row)
     attack = observed(row, 4)
     scene = set_up(experiment, root, device, Silent())
-    model, _ = trompe.load_model(trompe.run_folder(experiment, root).path)
+    model, _ = trompe.load_model(run.path)
     few = scene.reporting.subset(
         torch.arange(len(scene.reporting))[:: -(-len(scene.reporting) // images)]
     )
@@ -467,7 +525,7 @@ def transfer(
         row.seed,
         attack.explained,
         attack.thresholds,
-        remembered,
+        REMEMBERED,
     )
     what = "+".join(row.attacked)
     return [
@@ -487,7 +545,7 @@ def transfer(
     ]
 
 
-def transfer_markdown(results: list[dict[str, Any]]) -> str:
+def transfer_markdown(results: list[Row]) -> str:
     lines = [
         "# Transfer: attacked explainer x observed explainer",
         "",
@@ -498,7 +556,7 @@ def transfer_markdown(results: list[dict[str, Any]]) -> str:
         f"| model, kind, attacked | {' | '.join((*EXPLAINERS, *WITNESSES))} |",
         f"|---|{'---|' * (len(EXPLAINERS) + len(WITNESSES))}",
     ]
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for r in results:
         inverted = ", inverted" if r["inverted"] else ""
         key = f"{r['model']}, {r['kind']}{inverted}, {r['attacked']}, seed {r['seed']}"
@@ -512,57 +570,88 @@ def transfer_markdown(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def record(table: str, results: list[dict[str, Any]]) -> None:
-    """Put one model's results into its table and the README; called at once, so none gets lost."""
-    file = RESULTS / f"table{table}.json"
-    write(file.with_suffix(".md"), markdown(f"Table {table}", unite_rows(file, results, KEYS)))
-    readme = ROOT / "README.md"
-    write(readme, put_between(readme.read_text("utf-8"), "fang2020", readme_table(measured())))
+@dataclass(frozen=True)
+class Transfer(Attack):
+    """What every explainer shows of the attacked model."""
+
+    @property
+    def name(self) -> str:
+        return f"fang2020 transfer {self.row}, seed {self.seed}"
+
+    @property
+    def usual(self) -> bool:
+        plain = self.kind == "targeted" and not self.inverted
+        return plain and (self.model == "resnet20" or self.what == "joint")
+
+    def known(self, rows: Sequence[Row]) -> bool:
+        return {r["observed"] for r in rows if self.made(r)} == {*EXPLAINERS, *WITNESSES}
+
+    def __call__(self, place: Place, screen: Screen) -> list[Row]:
+        run, device = self.run(place, screen), choose_device(place.device)
+        screen.stage("observing all explainers")
+        return transfer(self, run, place.root, device, self.plan.images or TRANSFER_IMAGES)
 
 
-def write(file: Path, text: str) -> None:
-    write_atomically(file, lambda place: place.write_text(text, "utf-8"))
+@dataclass(frozen=True)
+class Specificity(Attack):
+    """What is left of the attack when the trigger is not quite the trigger."""
+
+    @property
+    def name(self) -> str:
+        return f"fang2020 specificity {self.row}, seed {self.seed}"
+
+    @property
+    def usual(self) -> bool:
+        return (self.model, self.what, self.kind) == ("resnet20", "gradcam", "targeted")
+
+    def known(self, rows: Sequence[Row]) -> bool:
+        name = experiment_of(self).name
+        return any((r["run"], r["seed"]) == (name, self.seed) for r in rows)
+
+    def __call__(self, place: Place, screen: Screen) -> list[Row]:
+        run, device = self.run(place, screen), choose_device(place.device)
+        screen.stage("changing the trigger")
+        images = self.plan.images or specificity.IMAGES
+        return specificity.look_at(run.path, place.root, device, images)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--setting", choices=BASE, default="gtsrb")
-    parser.add_argument("--tables", nargs="*", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--models", nargs="*", default=None)
-    parser.add_argument("--explainers", nargs="*", choices=EXPLAINERS, default=EXPLAINERS)
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--root", type=Path, default=Path("runs"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--list", action="store_true", help="say which runs there are, and stop")
-    parser.add_argument("--transfer", action="store_true", help="observe all explainers as well")
-    parser.add_argument("--images", type=int, default=600, help="that --transfer looks at")
-    parser.add_argument("--only-write", action="store_true", help="take finished runs only")
-    chosen = parser.parse_args()
-    if unknown := set(chosen.models or ()) - set(MODELS[chosen.setting]):
-        parser.error(f"setting {chosen.setting} has no model {min(unknown)}")
-    if chosen.transfer and chosen.setting != "gtsrb":
-        parser.error("--transfer knows the map sizes of the setting gtsrb only")
-    device = choose_device(chosen.device)
-    choose_threads()
-
-    remembered = Remembered(limit=48)
-    for row in rows(chosen):
-        experiment = experiment_of(row)
-        folder = trompe.run_folder(experiment, chosen.root)
-        if chosen.list:
-            print(f"table {row.table}  {'done' if folder.finished else '    '}  {folder.path}")
-        elif folder.finished or not chosen.only_write:
-            with progress_bars() as bars:
-                bars.note(f"table {row.table}: {row.name}, seed {row.seed}")
-                run = trompe.run(experiment, chosen.root, device, bars, remembered)
-                record(row.table, results_of(row, run))
-                if chosen.transfer:
-                    bars.stage("observing all explainers")
-                    observed = transfer(row, chosen.root, device, chosen.images, remembered)
-                    everything = unite_rows(RESULTS / "transfer.json", observed, KEYS)
-                    write(RESULTS / "transfer.md", transfer_markdown(everything))
+def on_gtsrb(cell: type[Attack], plan: Plan) -> Iterator[Attack]:
+    """A look at every model of all tables that is small enough."""
+    for table in TABLES:
+        for one in attacks(table, plan):
+            if one.setting == "gtsrb":
+                fields = (f.name for f in dataclasses.fields(one))
+                yield cell(**{name: getattr(one, name) for name in fields})
 
 
-if __name__ == "__main__":
-    main()
+PAPER = Paper(
+    "fang2020",
+    "Fang & Choromanska 2020, Backdoor Attacks on the DNN Interpretation System",
+    (
+        *(
+            Table(
+                f"table{number}",
+                KEYS,
+                functools.partial(attacks, number),
+                functools.partial(markdown, f"Table {number}"),
+                figures,
+            )
+            for number in TABLES
+        ),
+        Table(
+            "transfer",
+            KEYS,
+            functools.partial(on_gtsrb, Transfer),
+            transfer_markdown,
+            images=True,
+        ),
+        Table(
+            "specificity",
+            ("run", "seed", "images_carry"),
+            functools.partial(on_gtsrb, Specificity),
+            specificity.markdown,
+            images=True,
+        ),
+    ),
+    readme,
+)

@@ -1,24 +1,22 @@
 """Tables 1 and 2 of Viering et al. 2019, with a numeric audit, on several networks.
 
-    python experiments/viering2019/tables.py [--models resnet20 vgg_small squeezenet mobilenet_v2
-        vgg16-random vgg16] [--techniques T1 "T5 flat"] [--images 500]
-        [--precisions float32 float64 float16 bfloat16]
-        [--root runs] [--data data] [--detections] [--transfer]
+    trompe replicate viering2019 [table1 | table2 | detections | transfer] [ROW] [--images 500]
 
-resnet20, vgg_small: on GTSRB's whole test set, references trained as in gtsrb.toml. squeezenet,
-mobilenet_v2: ImageNet weights and images of ILSVRC2012's validation set from --data. vgg16-random:
-the paper's network with random weights, for the rows that do not depend on training; vgg16: with
-torchvision's own weights, which are downloaded. Rows are kept one by one; those there are stay.
---images limits how many are looked at; by default all in float32, fewer in slower precisions.
---detections: how often each detector finds warped stickers. --transfer: what other explainers show.
+A row is MODEL/TECHNIQUE/CONSTANTS/WIRING/PRECISION: 'resnet20/T1/*/float32'. resnet20, vgg_small:
+on GTSRB's whole test set, references trained as in gtsrb.toml. squeezenet, mobilenet_v2: ImageNet
+weights and images of ILSVRC2012's validation set from --data. vgg16-random: the paper's network
+with random weights, for the rows that do not depend on training; vgg16, if it is named: with
+torchvision's own weights, which are downloaded. --images limits how many are looked at; by default
+all in float32, fewer in slower precisions. detections: how often each detector finds warped
+stickers. transfer: what other explainers show.
 """
 
-import argparse
 import copy
 import csv
+import functools
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,24 +30,25 @@ from trompe.attacks.gradcam_surgery import GradCamSurgery
 from trompe.classifier import Classifier, ModelSpec, build_model
 from trompe.data._reading import read_images
 from trompe.evaluate import answers, share_right
-from trompe.experiment import set_up
+from trompe.experiment import experiment_table, set_up
 from trompe.explainers.input_gradient import InputGradient
 from trompe.explainers.visual_backprop import VisualBackProp
-from trompe.files import put_between, read_json, unite_rows, write_atomically
+from trompe.files import Row, read_json
 from trompe.foreign import witnesses
 from trompe.interfaces import Answers, ImageSet, InputError
-from trompe.machine import choose_threads
+from trompe.machine import choose_device
+from trompe.many import Place
 from trompe.maps import peak_one
+from trompe.over_seeds import over_seeds
+from trompe.replicating import Figure, Paper, Plan, Table
 from trompe.runs import RunFolder, provenance
-from trompe.screen import Silent, progress_bars
+from trompe.screen import Screen, Silent
 from trompe.surgery import StickerDetector
 from trompe.target_maps.border import Border
 from trompe.target_maps.flat import Flat
 from trompe.triggers.stickers import Stickers
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-RESULTS = ROOT / "results" / "viering2019"
 PRECISIONS = ("float32", "float64", "float16", "bfloat16")
 # technique, constants, wiring (None: the usual one)
 VARIANTS = (
@@ -59,7 +58,7 @@ VARIANTS = (
     *[(t, "automatic", "no new module") for t in ("T5 flat", "T5 border")],
 )
 KEYS = ("technique", "constants", "wiring", "condition", "model", "dtype", "seed")
-PAPER = {  # Tables 1 and 2: accuracy, |y_o - y_n|, L1
+PAPER_FIGURES = {  # Tables 1 and 2: accuracy, |y_o - y_n|, L1
     ("T1", "clean"): (0.71594, 0.01713, 0.00513),
     ("T2", "clean"): (0.71594, 0.00454, 0.01079),
     ("T3", "clean"): (0.71592, 0.0, 0.05932),
@@ -76,6 +75,8 @@ MODELS = ("resnet20", "vgg_small", *IMAGENET)
 # Where convolutions in half precision run in software, fewer images have to do.
 FEWER = {"float64": {32: 4000, 224: 100}, "float16": {32: 300, 224: 40}}
 FEWER["bfloat16"] = FEWER["float16"]
+TRANSFER_IMAGES = {32: 100, 224: 21}
+DETECTION_IMAGES = 200
 RANDOM_IMAGES = 12  # of the untrained VGG-16, whose rows do not depend on the images
 # The last convolution of SqueezeNet gives the scores' own maps: in the head there is no layer with
 # weights behind it. The one before has.
@@ -94,10 +95,12 @@ class Scene:
     data_name: str
 
 
+@functools.lru_cache(maxsize=1)  # cells of one network follow one another
 def scene_of(name: str, root: Path, data: Path) -> Scene:
     """InputError for missing data or weights."""
     if name not in IMAGENET:
-        table = trompe.experiment.experiment_table(HERE / "gtsrb.toml")
+        table = experiment_table(HERE / "gtsrb.toml")
+        table["data"]["root"] = str(data)
         table = {**table, "model": {**table["model"], "name": name}}
         scene = set_up(trompe.read_experiment(table, name), root, "cpu", Silent())
         return Scene(name, scene.reference, scene.test, scene.train, Stickers(size=7), "GTSRB")
@@ -145,46 +148,110 @@ def limit(precision: str, size: int, given: int | None) -> int:
     return usual if given is None else min(given, usual)
 
 
-def audit(
-    scene: Scene, precision: Any, given: int | None, techniques: list[str]
-) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each variant in one precision; reference and edited model both run in it."""
-    dtype = getattr(torch, precision)
+@dataclass(frozen=True)
+class Audit:
+    """A network edited in one way, in one precision. wiring: None is the usual one."""
+
+    model: str
+    technique: str
+    constants: str
+    wiring: str | None
+    precision: str
+    plan: Plan = Plan()
+
+    @property
+    def table(self) -> str:
+        return "table2" if self.technique == "T4" else "table1"
+
+    @property
+    def wires(self) -> str:
+        if self.technique in ("T3", "T4"):
+            return "apart"
+        return self.wiring or ("head" if self.constants == "paper" else "apart")
+
+    @property
+    def row(self) -> str:
+        return "/".join((self.model, self.technique, self.constants, self.wires, self.precision))
+
+    @property
+    def name(self) -> str:
+        return f"viering2019 {self.table} {self.row}"
+
+    @property
+    def usual(self) -> bool:
+        if self.model == "vgg16-random":
+            return self.precision == "float32" and not self.technique.startswith("T5")
+        return self.model != "vgg16"
+
+    def known(self, rows: Sequence[Row]) -> bool:
+        return any(row_of(r) == self.row for r in rows)
+
+    def __call__(self, place: Place, screen: Screen) -> list[Row]:
+        screen.stage(self.row)
+        return audit(self, place.root)
+
+
+def audits(table: str, plan: Plan) -> Iterator[Audit]:
+    """All of a table; those of one network and precision together."""
+    for model in MODELS:
+        for precision in PRECISIONS:
+            for technique, constants, wiring in VARIANTS:
+                cell = Audit(model, technique, constants, wiring, precision, plan)
+                if cell.table == table:
+                    yield cell
+
+
+def row_of(r: Row) -> str:
+    """The name of a measured row, without its condition."""
+    return "/".join((r["model"], r["technique"], r["constants"], r["wiring"], r["dtype"]))
+
+
+def looked_at(scene: Scene, precision: str, given: int | None) -> ImageSet:
+    """The images that a precision has time for."""
     count = limit(precision, scene.data.size[0], given)
-    data = scene.data.subset(torch.arange(len(scene.data))[:: max(1, len(scene.data) // count)])
-    batch = 16 if data.size[0] > 100 else 128
+    return scene.data.subset(torch.arange(len(scene.data))[:: max(1, len(scene.data) // count)])
+
+
+def batch_size(data: ImageSet) -> int:
+    return 16 if data.size[0] > 100 else 128
+
+
+@functools.lru_cache(maxsize=2)
+def said_before(
+    name: str, root: Path, folder: Path, precision: str, given: int | None, condition: str
+) -> Answers:
+    """What the network says before it is edited, clean or with stickers: the same for all edits."""
+    scene = scene_of(name, root, folder)
+    data = looked_at(scene, precision, given)
+    model = convert(scene.model, getattr(torch, precision))
+    trigger = scene.stickers if condition == "stickers" else None
+    explainers = attack_of("T1", scene).explainers
+    return answers(model, explainers, data, trigger, batch_size=batch_size(data))
+
+
+def audit(cell: Audit, root: Path) -> list[Row]:
+    """The rows of a cell: clean, and for T4 with stickers; original and edit in its precision."""
+    technique, precision, plan = cell.technique, cell.precision, cell.plan
+    scene, dtype = scene_of(cell.model, root, plan.data), getattr(torch, precision)
+    data = looked_at(scene, precision, plan.images)
     # Half precision gets weights rounded from float32; float64 is to be exact from the start.
     start = convert(scene.model, dtype) if precision == "float64" else scene.model
-    known: dict[tuple[str, str], Answers] = {}
-    for technique, constants, wiring in VARIANTS:
-        if technique not in techniques:
-            continue
-        layer = LAYER.get(scene.name)
-        attack = attack_of(technique, scene, constants, wiring, precision)
-        what = (technique, constants, wiring or ("head" if constants == "paper" else "apart"))
-        try:
-            edited: Any = attack(start, scene.looked_at, torch.Generator()).model
-        except InputError as error:
-            yield [{**heading(scene, what, precision, "clean", data), "refused": str(error)}]
-            continue
-        model, edited = convert(scene.model, dtype), edited.to(dtype)
-        rows = []
-        for condition in ("clean", "stickers") if technique == "T4" else ("clean",):
-            trigger = scene.stickers if condition == "stickers" else None
-            if (condition, str(layer)) not in known:
-                known[condition, str(layer)] = answers(
-                    model, attack.explainers, data, trigger, batch_size=batch
-                )
-            before = known[condition, str(layer)]
-            after = answers(edited, attack.explainers, data, trigger, batch_size=batch)
-            lie = lies(edited, data, trigger, before.maps[0], attack, dtype, batch)
-            rows.append(
-                {
-                    **heading(scene, what, precision, condition, data),
-                    **numbers(edited, before, after, lie, data),
-                }
-            )
-        yield rows
+    attack = attack_of(technique, scene, cell.constants, cell.wiring, precision)
+    try:
+        edited: Any = attack(start, scene.looked_at, torch.Generator()).model
+    except InputError as error:
+        return [{**heading(scene, cell, "clean", data), "refused": str(error)}]
+    edited = edited.to(dtype)
+    rows = []
+    for condition in ("clean", "stickers") if technique == "T4" else ("clean",):
+        trigger = scene.stickers if condition == "stickers" else None
+        before = said_before(cell.model, root, plan.data, precision, plan.images, condition)
+        batch = batch_size(data)
+        after = answers(edited, attack.explainers, data, trigger, batch_size=batch)
+        lie = lies(edited, data, trigger, before.maps[0], attack, dtype, batch)
+        measured = numbers(edited, before, after, lie, data)
+        rows.append({**heading(scene, cell, condition, data), **measured})
+    return rows
 
 
 def attack_of(
@@ -201,9 +268,36 @@ def attack_of(
     return GradCamSurgery(technique, layer, constants, wiring, precision, stickers=scene.stickers)
 
 
-def fine_tuned(folder: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class FineTuned:
+    """T4's lie without a new module: t5-stickers.toml."""
+
+    plan: Plan = Plan()
+    row: str = "resnet20/T5 stickers/fine-tuned/no new module/float32"
+    usual: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"viering2019 table2 {self.row}"
+
+    def known(self, rows: Sequence[Row]) -> bool:
+        return any(row_of(r) == self.row for r in rows)
+
+    def __call__(self, place: Place, screen: Screen) -> list[Row]:
+        table = experiment_table(HERE / "t5-stickers.toml")
+        table["data"]["root"] = str(self.plan.data)
+        experiment = trompe.read_experiment(table, "t5-stickers.toml")
+        device = choose_device(place.device)
+        return fine_tuned(trompe.run(experiment, place.root, device, screen))
+
+
+def table2_cells(plan: Plan) -> Iterator[Audit | FineTuned]:
+    yield from audits("table2", plan)
+    yield FineTuned(plan)
+
+
+def fine_tuned(run: RunFolder) -> list[Row]:
     """Rows of a run of t5-stickers.toml: clean and with stickers, on the run's reporting half."""
-    run = RunFolder(folder)
     spec, measured = run.read("spec"), run.read("numbers")
     positions = run.read_tensors("evidence")["clean.maps"][0].numel()
     rows = []
@@ -243,19 +337,15 @@ def convert(model: Classifier, dtype: torch.dtype) -> Classifier:
     return copy.deepcopy(model).to(dtype)
 
 
-def heading(
-    scene: Scene, what: tuple[str, str, str], precision: str, condition: str, data: ImageSet
-) -> dict[str, Any]:
-    """what: technique, constants and wiring."""
-    technique, constants, wiring = what
+def heading(scene: Scene, cell: Audit, condition: str, data: ImageSet) -> Row:
     return {
-        "technique": technique,
-        "constants": constants,
-        "wiring": "apart" if technique in ("T3", "T4") else wiring,
+        "technique": cell.technique,
+        "constants": cell.constants,
+        "wiring": cell.wires,
         "condition": condition,
         "model": scene.name,
         "data": scene.data_name,
-        "dtype": precision,
+        "dtype": cell.precision,
         "seed": 0,
         "images": len(data),
         "provenance": provenance(torch.device("cpu")),
@@ -296,7 +386,7 @@ def numbers(
     after: Answers,
     lie: tuple[Tensor, Tensor],
     data: ImageSet,
-) -> dict[str, Any]:
+) -> Row:
     wanted, found = lie
     shown, true = after.maps[0].double(), peak_one(before.maps[0].double())
     finite = after.scores.isfinite().all(1) & shown.flatten(1).isfinite().all(1)
@@ -351,7 +441,7 @@ def bound(edited: Classifier, scores: Tensor) -> float:
     return error
 
 
-def markdown(title: str, rows: list[dict[str, Any]]) -> str:
+def markdown(title: str, rows: list[Row]) -> str:
     lines = [
         f"# Viering et al. 2019, {title}",
         "",
@@ -383,7 +473,7 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
         if "refused" in r:
             lines.append(f"{start}| refused: {r['refused']} |" + " |" * 8)
             continue
-        paper = PAPER.get((r["technique"], r["condition"]), (math.nan,) * 3)
+        paper = PAPER_FIGURES.get((r["technique"], r["condition"]), (math.nan,) * 3)
         lines.append(
             f"{start}| {100 * r['accuracy']:.2f}, {100 * r['accuracy_change']:+.3f} "
             f"| {small(r['score_change_max'])} ({small(r['score_change_mean'])}) "
@@ -405,41 +495,37 @@ def small(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.2g}" if abs(value) < 0.01 else f"{value:.3g}"
 
 
-def write(file: Path, text: str) -> None:
-    write_atomically(file, lambda place: place.write_text(text, "utf-8"))
+def figures(rows: list[Row]) -> list[Figure]:
+    """What the paper has on its own network; no scores are to move, and L1 is to be small."""
+    found = []
+    for r in rows:
+        paper = PAPER_FIGURES.get((r["technique"], r["condition"]))
+        if paper is None or "refused" in r:
+            continue
+        stickers = ", stickers" if r["condition"] == "stickers" else ""
+        for column, key, asked in (
+            ("max dy", "score_change_max", paper[1]),
+            ("L1", "map_l1_sum", paper[2]),
+        ):
+            floors = {"the true map": r["true_map_l1_sum"]} if key == "map_l1_sum" else {}
+            ours, what = over_seeds([r[key]]), f"{column}{stickers}"
+            found.append(Figure(row_of(r), what, ours, asked, "lower", floors=floors, digits=5))
+    return found
 
 
-def record(rows: list[dict[str, Any]]) -> None:
-    """T1 to T3 are the paper's Table 1, T4 its Table 2; T5 stands beside T1 and T2."""
-    for number, techniques in (
-        ("1", ("T1", "T2", "T3", "T5 flat", "T5 border")),
-        ("2", ("T4", "T5 stickers")),
-    ):
-        own = [r for r in rows if r["technique"] in techniques]
-        if own:
-            file = RESULTS / f"table{number}.json"
-            every = unite_rows(file, own, KEYS)
-            write(file.with_suffix(".md"), markdown(f"Table {number}", every))
-    readme = ROOT / "README.md"
-    if "viering2019:begin" in readme.read_text("utf-8"):
-        write(readme, put_between(readme.read_text("utf-8"), "viering2019", readme_table()))
-
-
-def readme_table() -> str:
+def readme(tables: Mapping[str, list[Row]]) -> str:
     """float32, automatic constants, beside the paper's figures."""
     lines = [
         "| model | technique | images | accuracy change, points | max dy (paper) | L1 (paper) |",
         "|---|---|---|---|---|---|",
     ]
-    rows = [
-        r for n in "12" if (f := RESULTS / f"table{n}.json").exists() for r in read_json(f)["rows"]
-    ]
+    rows = [*tables["table1"], *tables["table2"]]
     rows.sort(key=lambda r: (MODELS.index(r["model"]), r["technique"], r["condition"]))
     for r in rows:
         if r["dtype"] == "float32" and r["wiring"] != "head" and "refused" not in r:
             if r["constants"] == "paper" or r["model"] == "vgg16-random":
                 continue
-            paper = PAPER.get((r["technique"], r["condition"]), (math.nan,) * 3)
+            paper = PAPER_FIGURES.get((r["technique"], r["condition"]), (math.nan,) * 3)
             with_stickers = ", stickers" if r["condition"] == "stickers" else ""
             lines.append(
                 f"| {r['model']} | {r['technique']}{with_stickers} | {r['images']} "
@@ -464,7 +550,34 @@ WARPS = (
 )
 
 
-def detections(scene: Scene, count: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Detections:
+    """Which stickers are found on one kind of images."""
+
+    row: str
+    model: str  # one that has such images
+    plan: Plan = Plan()
+    usual: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"viering2019 detections {self.row}"
+
+    def known(self, rows: Sequence[Row]) -> bool:
+        return any(r["model"] == self.row for r in rows)
+
+    def __call__(self, place: Place, screen: Screen) -> list[Row]:
+        screen.stage(self.name)
+        scene = scene_of(self.model, place.root, self.plan.data)
+        return detections(scene, self.plan.images or DETECTION_IMAGES)
+
+
+def detection_cells(plan: Plan) -> Iterator[Detections]:
+    yield Detections("GTSRB", "resnet20", plan)
+    yield Detections("ILSVRC2012 validation", "squeezenet", plan)
+
+
+def detections(scene: Scene, count: int) -> list[Row]:
     """Of three stickers at random places, how many each detector finds, and its false alarms."""
     data = scene.data.subset(torch.arange(len(scene.data))[:: max(1, len(scene.data) // count)])
     rows = []
@@ -523,7 +636,7 @@ def found_share(detector: StickerDetector, stickers: Stickers, images: Tensor) -
     return [statistics.mean(map(float, image)) for image in zip(*hits, strict=True)]
 
 
-def detection_markdown(rows: list[dict[str, Any]]) -> str:
+def detection_markdown(rows: list[Row]) -> str:
     lines = [
         "# Viering et al. 2019, technique 4: which stickers are found",
         "",
@@ -545,62 +658,94 @@ def detection_markdown(rows: list[dict[str, Any]]) -> str:
 # --- transfer -------------------------------------------------------------------------------------
 
 
-def transfer(scene: Scene, count: int, techniques: list[str]) -> list[dict[str, Any]]:
-    """What every explainer shows of a network edited against Grad-CAM; edits that do not fit: none.
+@dataclass(frozen=True)
+class Transfer:
+    """What every explainer shows of an edited network."""
+
+    model: str
+    technique: str
+    plan: Plan = Plan()
+
+    @property
+    def row(self) -> str:
+        return f"{self.model}/{self.technique}"
+
+    @property
+    def name(self) -> str:
+        return f"viering2019 transfer {self.row}"
+
+    @property
+    def usual(self) -> bool:
+        return self.technique != "T5 border" or self.model not in IMAGENET  # there it does not fit
+
+    def known(self, rows: Sequence[Row]) -> bool:
+        return any((r["model"], r["technique"]) == (self.model, self.technique) for r in rows)
+
+    def __call__(self, place: Place, screen: Screen) -> list[Row]:
+        screen.stage(self.name)
+        scene = scene_of(self.model, place.root, self.plan.data)
+        count = self.plan.images or TRANSFER_IMAGES[scene.data.size[0]]
+        return transfer(scene, count, self.technique)
+
+
+def transfer_cells(plan: Plan) -> Iterator[Transfer]:
+    for model in ("resnet20", "vgg_small", "squeezenet", "mobilenet_v2"):
+        for technique in sorted({technique for technique, _, _ in VARIANTS}):
+            yield Transfer(model, technique, plan)
+
+
+def transfer(scene: Scene, count: int, technique: str) -> list[Row]:
+    """What every explainer shows of a network edited against Grad-CAM.
 
     moved: L1 (mean over positions) between its maps of the original and of the edited network;
     lied: the same to the lie, at Grad-CAM's resolution; closer: share of images whose map lies
-    nearer to the lie than to the truth.
+    nearer to the lie than to the truth. InputError for an edit that does not fit.
     """
     data = scene.data.subset(torch.arange(len(scene.data))[:: max(1, len(scene.data) // count)])
     data = data.subset(torch.arange(min(count, len(data))))
     rows = []
-    for technique in techniques:
-        attack = attack_of(technique, scene)
-        try:
-            edited: Any = attack(scene.model, scene.looked_at, torch.Generator()).model
-        except InputError:
-            continue
-        trigger = scene.stickers if technique == "T4" else None
-        cam = attack.explainers[0]
-        (true,) = answers(scene.model, (cam,), data, trigger, batch_size=16).maps
-        wanted, _ = lies(edited, data, trigger, true, attack, torch.float32, 16)
-        pool = data.size[0] // true.shape[1]
-        seen = {
-            "gradcam": cam,
-            "simplegrad": InputGradient(gradient_of="loss", pool=pool, normalise="max"),
-            "vbp": VisualBackProp(pool=pool, normalise="min-max"),
-            **{w.name: w for w in witnesses(pool)},
-        }
-        for name, explainer in seen.items():
-            (before,), (after,) = (
-                answers(m, (explainer,), data, trigger, batch_size=16).maps
-                for m in (scene.model, edited)
-            )
-            before, after = peak_one(before), peak_one(after)
-            size = (true.shape[1], true.shape[2])
-            before, after = (nn.functional.adaptive_avg_pool2d(m, size) for m in (before, after))
-            before, after = peak_one(before), peak_one(after)
-            to_lie, to_truth = (
-                (after - other).abs().mean((1, 2)) for other in (wanted.to(after), before)
-            )
-            rows.append(
-                {
-                    "technique": technique,
-                    "model": scene.name,
-                    "observed": name,
-                    "seed": 0,
-                    "images": len(data),
-                    "moved": float(to_truth.mean()),
-                    "lied": float(to_lie.mean()),
-                    "closer": float((to_lie < to_truth).double().mean()),
-                    "provenance": provenance(torch.device("cpu")),
-                }
-            )
+    attack = attack_of(technique, scene)
+    edited: Any = attack(scene.model, scene.looked_at, torch.Generator()).model
+    trigger = scene.stickers if technique == "T4" else None
+    cam = attack.explainers[0]
+    (true,) = answers(scene.model, (cam,), data, trigger, batch_size=16).maps
+    wanted, _ = lies(edited, data, trigger, true, attack, torch.float32, 16)
+    pool = data.size[0] // true.shape[1]
+    seen = {
+        "gradcam": cam,
+        "simplegrad": InputGradient(gradient_of="loss", pool=pool, normalise="max"),
+        "vbp": VisualBackProp(pool=pool, normalise="min-max"),
+        **{w.name: w for w in witnesses(pool)},
+    }
+    for name, explainer in seen.items():
+        (before,), (after,) = (
+            answers(m, (explainer,), data, trigger, batch_size=16).maps
+            for m in (scene.model, edited)
+        )
+        before, after = peak_one(before), peak_one(after)
+        size = (true.shape[1], true.shape[2])
+        before, after = (nn.functional.adaptive_avg_pool2d(m, size) for m in (before, after))
+        before, after = peak_one(before), peak_one(after)
+        to_lie, to_truth = (
+            (after - other).abs().mean((1, 2)) for other in (wanted.to(after), before)
+        )
+        rows.append(
+            {
+                "technique": technique,
+                "model": scene.name,
+                "observed": name,
+                "seed": 0,
+                "images": len(data),
+                "moved": float(to_truth.mean()),
+                "lied": float(to_lie.mean()),
+                "closer": float((to_lie < to_truth).double().mean()),
+                "provenance": provenance(torch.device("cpu")),
+            }
+        )
     return rows
 
 
-def transfer_markdown(rows: list[dict[str, Any]]) -> str:
+def transfer_markdown(rows: list[Row]) -> str:
     names = list(dict.fromkeys(r["observed"] for r in rows))
     lines = [
         "# Viering et al. 2019: do the edits fool other explainers?",
@@ -622,49 +767,44 @@ def transfer_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS[:-1]))
-    parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS))
-    techniques = sorted({technique for technique, _, _ in VARIANTS})
-    parser.add_argument("--techniques", nargs="*", choices=techniques, default=techniques)
-    parser.add_argument("--images", type=int, default=None, help="at most; default: all")
-    parser.add_argument("--root", type=Path, default=Path("runs"))
-    parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--detections", action="store_true")
-    parser.add_argument("--transfer", action="store_true")
-    parser.add_argument("--fine-tuned", type=Path, help="record this run of t5-stickers.toml")
-    chosen = parser.parse_args()
-    choose_threads()
-    if chosen.fine_tuned is not None:
-        record(fine_tuned(chosen.fine_tuned))
-        return
-    with progress_bars() as bars:
-        for name in chosen.models:
-            bars.stage(f"{name}: reading")
-            scene = scene_of(name, chosen.root, chosen.data)
-            if chosen.detections:
-                bars.stage(f"{name}: detections")
-                keys = ("model", "detector", "zoom", "degrees", "light")
-                rows = detections(scene, chosen.images or 200)
-                every = unite_rows(RESULTS / "detections.json", rows, keys)
-                write(RESULTS / "detections.md", detection_markdown(every))
-            if chosen.transfer:
-                bars.stage(f"{name}: other explainers")
-                rows = transfer(scene, chosen.images or 200, chosen.techniques)
-                every = unite_rows(
-                    RESULTS / "transfer.json", rows, ("technique", "model", "observed", "seed")
-                )
-                write(RESULTS / "transfer.md", transfer_markdown(every))
-            if chosen.detections or chosen.transfer:
-                continue
-            for precision in chosen.precisions:
-                for number, rows in enumerate(
-                    audit(scene, precision, chosen.images, chosen.techniques), start=1
-                ):
-                    bars.stage(f"{name}, {precision}: {number} of {len(VARIANTS)}")
-                    record(rows)
-
-
-if __name__ == "__main__":
-    main()
+PAPER = Paper(
+    "viering2019",
+    "Viering et al. 2019, How to Manipulate CNNs to Make Them Lie",
+    (
+        Table(
+            "table1",
+            KEYS,
+            functools.partial(audits, "table1"),
+            functools.partial(markdown, "Table 1"),
+            figures,
+            images=True,
+            seeded=False,
+        ),
+        Table(
+            "table2",
+            KEYS,
+            table2_cells,
+            functools.partial(markdown, "Table 2"),
+            figures,
+            images=True,
+            seeded=False,
+        ),
+        Table(
+            "detections",
+            ("model", "detector", "zoom", "degrees", "light"),
+            detection_cells,
+            detection_markdown,
+            images=True,
+            seeded=False,
+        ),
+        Table(
+            "transfer",
+            ("technique", "model", "observed", "seed"),
+            transfer_cells,
+            transfer_markdown,
+            images=True,
+            seeded=False,
+        ),
+    ),
+    readme,
+)

@@ -1,18 +1,16 @@
 """Tables 1 (dogs) and 2 (patients) of Zhang, Gao & Su 2021, and what survives at other victims.
 
-    python experiments/zhang2021/tables.py [--data-sets dogs support2 nhanes1]
-        [--interpreters grad cam] [--parts main victims budget ensemble ablation] [--data data]
-        [--root runs]
+    trompe replicate zhang2021 [table1] [ROW]
 
-main: un-attacked, WM, IMF, and IMF without retraining (eq. 4). victims: those who start otherwise,
-have another network, see noisy samples (tables) or train all layers (dogs). budget: 1, 2 and 5 %
-of poisons. ensemble: K = 1, 8. ablation: IMF with one setting changed at a time, and as the paper
-has it. Of dogs there are main, victims and budget (5 %).
-Poison sets are kept in --root and not made twice. Rows are kept one by one; those there are stay.
+A row is DATA/INTERPRETER/PART/WHAT: 'support2/*/main/*'. main: un-attacked, WM, IMF, and IMF
+without retraining (eq. 4). victims: those who start otherwise, have another network, see noisy
+samples (tables) or train all layers (dogs). budget: 1, 2 and 5 % of poisons. ensemble: K = 1, 8.
+ablation: IMF with one setting changed at a time, and as the paper has it. Of dogs there are main
+(without eq. 4), victims and budget (5 %). Poison sets are kept in --root and not made twice.
 """
 
-import argparse
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,9 @@ import torch
 from trompe.catalog import describe
 from trompe.classifier import ModelSpec
 from trompe.experiment import experiment_table
-from trompe.files import put_between, read_json, unite_rows, write_atomically
-from trompe.machine import choose_threads
+from trompe.files import Row, write_atomically
+from trompe.many import Place
+from trompe.over_seeds import over_seeds
 from trompe.poisoning import (
     SUCCEEDED,
     PoisoningExperiment,
@@ -38,12 +37,11 @@ from trompe.poisoning import (
     set_up,
     succeeded,
 )
+from trompe.replicating import Figure, Paper, Plan, Table, same_settings
 from trompe.runs import provenance
-from trompe.screen import progress_bars
+from trompe.screen import Screen, Silent
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-RESULTS = ROOT / "results" / "zhang2021"
 TABLES = {"table1": ("dogs",), "table2": ("support2", "nhanes1")}
 DATA = tuple(data for of_table in TABLES.values() for data in of_table)
 # What differs from the TOML files, which have GRAD for patients and CAM for dogs.
@@ -80,7 +78,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "models never start anew": {"lifetime": None, "epochs": 20},
     "categories stay": {"categories": "fixed"},
 }
-PAPER = {  # L1, Jaccard; Table 2 is of the fracture data
+PAPER_FIGURES = {  # L1, Jaccard; Table 2 is of the fracture data
     "table1": {
         ("grad", "wm"): (0.79, 0.05),
         ("grad", "imf"): (0.57, 0.22),
@@ -94,6 +92,8 @@ PAPER = {  # L1, Jaccard; Table 2 is of the fracture data
         ("cam", "imf"): (0.50, 0.40),
     },
 }
+USUAL_MODELS = (None, 2, 4)  # K of no attack or WM, of dogs, of patients
+MOST_OF_UNATTACKED = 0.7  # our bound on IMF's L1
 KEYS = (
     *("data", "interpreter", "attack", "changed", "poison_rate", "models"),
     *("start", "network", "noise", "whole"),
@@ -108,6 +108,10 @@ class Cell:
     settings: dict[str, Any]  # of the attack, where not the TOML file's
     victims: Victims
     changed: str = ""  # what the settings are, in words
+
+
+def table_of(data: str) -> str:
+    return next(name for name, sets in TABLES.items() if data in sets)
 
 
 def cells(data: str, part: str, usual: Victims, interpreter: str) -> Iterator[Cell]:
@@ -219,49 +223,39 @@ def row(
     }
 
 
-def known(cell: Cell, experiment: PoisoningExperiment) -> bool:
-    """Is the row there, of the same settings?"""
-    rows = [r for name in TABLES for r in rows_of(name)]
-    settings = describe(replace(experiment, victims=cell.victims))
-    return any(r["attack"] == cell.attack and r["settings"] == settings for r in rows)
+def known(
+    data: str, interpreter: str, cell: Cell, experiment: PoisoningExperiment, rows: Sequence[Row]
+) -> bool:
+    """Is the row there, of the same settings? Where the data lie does not matter."""
+    wanted: Any = replace(experiment, victims=cell.victims)
 
+    def build(settings: dict[str, Any]) -> PoisoningExperiment:
+        there = describe(wanted)
+        for part, key in (("data", "file"), ("data", "root"), ("model", "weights")):
+            if there[part].get(key) is not None:
+                settings = {**settings, part: {**settings[part], key: there[part][key]}}
+        return read_poisoning(settings)
 
-def rows_of(table: str) -> list[dict[str, Any]]:
-    file = RESULTS / f"{table}.json"
-    rows: list[dict[str, Any]] = read_json(file)["rows"] if file.exists() else []
-    return rows
-
-
-def record(rows: list[dict[str, Any]]) -> None:
-    """Write rows of one table, the page made from it, and the README's tables."""
-    table = next(t for t, data in TABLES.items() if rows[0]["data"] in data)
-    file = RESULTS / f"{table}.json"
-    every = unite_rows(file, rows, KEYS)
-    _write(file.with_suffix(".md"), markdown(table, every))
-    readme = ROOT / "README.md"
-    if "zhang2021:begin" in readme.read_text("utf-8"):
-        shown = readme_table([r for name in TABLES for r in rows_of(name)])
-        _write(readme, put_between(readme.read_text("utf-8"), "zhang2021", shown))
-
-
-def _write(file: Path, text: str) -> None:
-    write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8"))
+    return any(
+        (r["data"], r["interpreter"], r["attack"]) == (data, interpreter, cell.attack)
+        and same_settings(r["settings"], wanted, build)
+        for r in rows
+    )
 
 
 TITLES = {"table1": "Table 1: dogs", "table2": "Table 2: tables of patients"}
 
 
-def markdown(table: str, rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
     victims = " or ".join(str(n) for n in sorted({r["victims"] for r in rows}, reverse=True))
     lines = [
-        f"# Zhang, Gao & Su 2021, {TITLES[table]}",
+        f"# Zhang, Gao & Su 2021, {TITLES[table_of(rows[0]['data'])]}",
         "",
         "L1 (less is nearer to the lie) and Jaccard (more is nearer) between victims' maps of the "
         f"target and the wanted map: mean over 10 targets and {victims} victims each, L1 with its "
-        "standard "
-        "deviation over both. In brackets the same victims, un-attacked. Succeeded: the share of "
-        f"targets whose mean L1 is at most {SUCCEEDED} of its un-attacked mean. Class kept: share "
-        "of victims that predict the target's class. Accuracy: victims', beside un-attacked ones'.",
+        "standard deviation over both. In brackets the same victims, un-attacked. Succeeded: the "
+        f"share of targets whose mean L1 is at most {SUCCEEDED} of its un-attacked mean. Class kept: "
+        "share of victims that predict the target's class. Accuracy: victims', beside un-attacked ones'.",
         "",
         "| data, interpreter | attack | poisons | K | victims | L1 | of un-attacked | Jaccard, top "
         "20 % | Jaccard, > .5 | succeeded | class kept | accuracy |",
@@ -300,14 +294,15 @@ def who(r: dict[str, Any]) -> str:
     """The victims, if not as the poison was made for."""
     if r["network"] not in ("mlp", "mobilenet_v2"):
         return f"another network ({r['network']})"
-    if r.get("whole"):
+    if r["whole"]:
         return "all layers trained"
     if r["noise"]:
         return f"noise {r['noise']:g} on all samples"
     return "as trained for" if r["start"] == "clean model" else f"from {r['start']}"
 
 
-def readme_table(rows: list[dict[str, Any]]) -> str:
+def readme(tables: Mapping[str, list[Row]]) -> str:
+    rows = [r for name in TABLES for r in tables[name]]
     lines = [
         "| data, interpreter | attack | L1 (paper) | un-attacked | Jaccard (paper) | un-attacked |",
         "|---|---|---|---|---|---|",
@@ -318,10 +313,9 @@ def readme_table(rows: list[dict[str, Any]]) -> str:
         main,
         key=lambda r: (DATA.index(r["data"]), names.index(r["interpreter"]), r["attack"] != "wm"),
     ):
-        shown = r["changed"] in ("", "categories stay") and r["models"] in (None, 2, 4)
+        shown = r["changed"] in ("", "categories stay") and r["models"] in USUAL_MODELS
         if r["attack"] in ("wm", "imf") and shown:
-            table = "table1" if r["data"] == "dogs" else "table2"
-            l1, jaccard = PAPER[table][r["interpreter"], r["attack"]]
+            l1, jaccard = PAPER_FIGURES[table_of(r["data"])][r["interpreter"], r["attack"]]
             lines.append(
                 f"| {r['data']}, {r['interpreter'].upper()} "
                 f"| {r['attack'].upper()}{', ' * bool(r['changed'])}{r['changed']} "
@@ -332,48 +326,132 @@ def readme_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data-sets", nargs="*", choices=DATA, default=list(DATA))
-    parser.add_argument("--interpreters", nargs="*", choices=INTERPRETERS, default=[*INTERPRETERS])
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--root", type=Path, default=Path("runs"))
-    chosen = parser.parse_args()
-    choose_threads()
-    with progress_bars() as bars:
-        for data in chosen.data_sets:
-            if data == "nhanes1":
-                women_of_nhanes(chosen.data)
-            for interpreter in chosen.interpreters:
-                run_all(data, interpreter, chosen, bars)
+def figures(rows: list[Row]) -> list[Figure]:
+    """IMF with 10 % of poisons, at victims as trained for; theirs are other data, so in shares.
+
+    L1 as a share of WM's, beside the paper's share, and of un-attacked victims', within our bound;
+    the Jaccard similarity above un-attacked victims'.
+    """
+    usual = [r for r in rows if who(r) == "as trained for" and r["models"] in USUAL_MODELS]
+    wm = {
+        (r["data"], r["interpreter"]): r["l1_mean"]
+        for r in usual
+        if r["attack"] == "wm" and r["poison_rate"] == 0.1
+    }
+    found = []
+    for r in usual:
+        same = r["attack"] == "imf" and r["poison_rate"] == 0.1
+        if not same or r["changed"] not in ("", "categories stay"):
+            continue
+        where, interpreter = (r["data"], r["interpreter"]), r["interpreter"]
+        theirs = PAPER_FIGURES[table_of(r["data"])]
+        imf, mark = (theirs[interpreter, attack][0] for attack in ("imf", "wm"))
+        paper = round(imf / mark, 2)
+        part, changed = ("ablation", f", {r['changed']}") if r["changed"] else ("main", "")
+        name = f"{r['data']}/{interpreter}/{part}/imf{changed}"
+        l1, before = r["l1_mean"], r["jaccard_top20_unattacked"]
+        floors = {"un-attacked": r["l1_unattacked"]}
+        found.append(Figure(name, "L1", over_seeds([l1]), floors=floors))
+        if where in wm:
+            share = over_seeds([l1 / wm[where]])
+            found.append(Figure(name, "L1 of WM's", share, paper, "lower", digits=2))
+        of_unattacked = over_seeds([l1 / r["l1_unattacked"]])
+        bound = MOST_OF_UNATTACKED
+        found.append(Figure(name, "L1 of un-attacked", of_unattacked, bound, "lower", "our bound"))
+        jaccard = over_seeds([r["jaccard_top20"]])
+        found.append(Figure(name, "Jaccard, top 20 %", jaccard, before, by="un-attacked"))
+    return found
 
 
-def run_all(data: str, interpreter: str, chosen: argparse.Namespace, bars: Any) -> None:
-    first = experiment_of(data, interpreter, Cell("imf", {}, Victims()), chosen.data)
-    scene: Scene | None = None
-    clean: dict[Victims, dict[str, Any]] = {}
-    for part in chosen.parts:
-        for cell in cells(data, part, first.victims, interpreter):
-            experiment = experiment_of(data, interpreter, cell, chosen.data)
-            if known(cell, experiment):
-                continue
-            bars.stage(f"{experiment.name}: {part}")
-            scene = scene or set_up(first, bars)
-            if cell.victims not in clean:
-                measured = measure_victims(scene, None, cell.victims, first, bars).numbers
-                clean[cell.victims] = measured
-            measured = clean[cell.victims]
-            if cell.attack != "none":
-                sets = poison_sets(poison(experiment, chosen.root, bars))
-                measured = measure_victims(scene, sets, cell.victims, experiment, bars).numbers
-            found = row(data, interpreter, cell, experiment, measured, clean[cell.victims])
-            record([found])
-            bars.note(
-                f"{data} {interpreter} {cell.attack} {who(found)}: L1 {found['l1_mean']:.3f} "
-                f"({found['l1_unattacked']:.3f})"
+# --- running --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Poisoned:
+    """A row: the cell on one data set, with one interpreter."""
+
+    data: str
+    interpreter: str
+    part: str
+    cell: Cell
+    plan: Plan = Plan()
+    usual: bool = True
+
+    @property
+    def row(self) -> str:
+        cell = self.cell
+        what = [cell.attack, cell.changed]
+        if self.part == "victims":
+            network = cell.victims.model.name if cell.victims.model else "mlp"
+            victims = cell.victims
+            what.append(
+                who(
+                    {
+                        "network": network,
+                        "noise": victims.noise,
+                        "start": victims.start,
+                        "whole": victims.whole,
+                    }
+                )
             )
+        if self.part == "budget":
+            what.append(f"{100 * cell.settings['poison_rate']:g} %")
+        if self.part == "ensemble":
+            what.append(f"K = {cell.settings['models']}")
+        return f"{self.data}/{self.interpreter}/{self.part}/{', '.join(filter(None, what))}"
+
+    @property
+    def name(self) -> str:
+        return f"zhang2021 {table_of(self.data)} {self.row}"
+
+    @property
+    def experiment(self) -> PoisoningExperiment:
+        return experiment_of(self.data, self.interpreter, self.cell, self.plan.data)
+
+    def known(self, rows: Sequence[Row]) -> bool:
+        return known(self.data, self.interpreter, self.cell, self.experiment, rows)
+
+    def __call__(self, place: Place, screen: Screen) -> list[Row]:
+        experiment, victims, folder = self.experiment, self.cell.victims, self.plan.data
+        screen.stage(self.row)
+        scene = scene_of(self.data, self.interpreter, folder)
+        clean = measured = unattacked(self.data, self.interpreter, folder, victims)
+        if self.cell.attack != "none":
+            sets = poison_sets(poison(experiment, place.root, screen))
+            measured = measure_victims(scene, sets, victims, experiment, screen).numbers
+        return [row(self.data, self.interpreter, self.cell, experiment, measured, clean)]
 
 
-if __name__ == "__main__":
-    main()
+@functools.lru_cache(maxsize=1)  # rows of the same data and interpreter follow one another
+def scene_of(data: str, interpreter: str, folder: Path) -> Scene:
+    if data == "nhanes1":
+        women_of_nhanes(folder)
+    return set_up(experiment_of(data, interpreter, Cell("imf", {}, Victims()), folder), Silent())
+
+
+@functools.lru_cache(maxsize=8)
+def unattacked(data: str, interpreter: str, folder: Path, victims: Victims) -> dict[str, Any]:
+    """What victims of the clean set say: the same for all attacks."""
+    first = experiment_of(data, interpreter, Cell("imf", {}, Victims()), folder)
+    scene = scene_of(data, interpreter, folder)
+    return measure_victims(scene, None, victims, first, Silent()).numbers
+
+
+def cells_of(table: str, plan: Plan) -> Iterator[Poisoned]:
+    for data in TABLES[table]:
+        for interpreter in INTERPRETERS:
+            first = experiment_of(data, interpreter, Cell("imf", {}, Victims()), plan.data)
+            for part in PARTS:
+                for cell in cells(data, part, first.victims, interpreter):
+                    yield Poisoned(data, interpreter, part, cell, plan)
+
+
+PAPER = Paper(
+    "zhang2021",
+    "Zhang, Gao & Su 2021, Data Poisoning Attacks Against Outcome Interpretations",
+    tuple(
+        Table(name, KEYS, functools.partial(cells_of, name), markdown, figures, seeded=False)
+        for name in TABLES
+    ),
+    readme,
+)

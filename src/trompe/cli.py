@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,18 @@ from trompe.machine import choose_device, choose_threads
 from trompe.many import Crew, Job, Outcome, Place, crew_of, run_jobs
 from trompe.poisoning import Victims, poison, read_poisoning, read_run, victims_name, victims_of
 from trompe.ranks import Lost, device_here, is_first, joined, started
+from trompe.replicating import (
+    Cell,
+    Paper,
+    Plan,
+    Results,
+    misses,
+    paper_names,
+    read_paper,
+    replicate,
+    to_run,
+)
+from trompe.replicating import choose as choose_cells
 from trompe.report import render
 from trompe.report.poison_pictures import draw_maps, draw_poisons
 from trompe.run_list import (
@@ -455,6 +468,66 @@ def _agreed(runs: list[Run], yes: bool) -> bool:
         raise InputError("--delete: nobody said yes; add --yes in scripts") from None
 
 
+@app.command(name="replicate")
+def replicate_(
+    paper: Annotated[str | None, typer.Argument(help="Without one: what there is.")] = None,
+    table: Annotated[str | None, typer.Argument(help="A table; * and ? match.")] = None,
+    row: Annotated[str | None, typer.Argument(help="A row; * and ? match.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="0,1,2; default: the table's own.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder that holds the data.")] = Path("data"),
+    root: Root = Path("runs"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the tables; default: results.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Look at so many at most, where a table can.")
+    ] = None,
+    small: Annotated[
+        bool, typer.Option("--small", help="The size of a test, into results-small.")
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also rows that are there already.")
+    ] = False,
+    only_write: Annotated[
+        bool, typer.Option("--only-write", help="Run nothing; write the pages from the rows.")
+    ] = False,
+    list_rows: Annotated[
+        bool, typer.Option("--list", help="Run nothing; say which rows there are.")
+    ] = False,
+    workers: Workers = 1,
+    scheduler: Scheduler = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """A paper's tables: run what is missing, print them, write them. The same command goes on."""
+    results = Results(out or Path("results-small" if small else "results"), small)
+    plan = Plan(_numbers(seeds), data, images, small)
+    if paper is None:
+        if only_write:
+            for known in map(read_paper, paper_names()):
+                results.write(known)
+        else:
+            _print_papers(results)
+        return
+    known = read_paper(paper)
+    chosen = choose_cells(known, plan, table, row)
+    missing = chosen if again else to_run(known, chosen, results)
+    if list_rows:
+        _print_cells(chosen, missing)
+        return
+    outcomes: list[Outcome] = []
+    if missing and not only_write:
+        crew = _gather(device, threads, workers, scheduler)
+        with progress_bars() as bars:
+            for outcome in replicate(known, missing, results, Place(root, device), crew, bars):
+                bars.note(f"{outcome.job.name} ({outcome.seconds:.0f} s)")
+                outcomes.append(outcome)
+    results.write(known)
+    for name in chosen:
+        _print_table(known, name, results)
+    _end(outcomes)
+
+
 @app.command(name="list")
 def list_(
     kind: Annotated[str, typer.Argument(help=", ".join(catalog.KINDS))],
@@ -530,6 +603,69 @@ def _changed(table: dict[str, Any], seed: int | None, settings: list[str] | None
     if seed is not None:
         table["seed"] = seed
     return table
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    """Whole numbers between commas."""
+    if text is None:
+        return None
+    try:
+        return tuple(dict.fromkeys(int(number) for number in text.split(",")))
+    except ValueError as error:
+        raise InputError(f"--seeds {text}: must be whole numbers, for instance 0,1,2") from error
+
+
+def _print_papers(results: Results) -> None:
+    """Papers and their tables: which rows are there, and how many runs are missing."""
+    plan = Plan(small=results.small)
+    shown = Table(title=f"rows in {results.folder}")
+    for column in ("paper", "table", "rows there", "runs", "missing or of other settings"):
+        shown.add_column(column)
+    for paper in map(read_paper, paper_names()):
+        for table in paper.tables:
+            if plan.small and not table.small:
+                continue
+            chosen = choose_cells(paper, plan, table.name)
+            missing = to_run(paper, chosen, results).get(table.name, [])
+            rows = len(results.rows(paper, table))
+            runs = len(chosen.get(table.name, []))
+            shown.add_row(paper.name, table.name, str(rows), str(runs), str(len(missing)))
+    Console().print(shown)
+
+
+def _print_cells(chosen: dict[str, list[Cell]], missing: dict[str, list[Cell]]) -> None:
+    """A line for each cell, which can be taken apart by other programs."""
+    for table, cells in chosen.items():
+        for cell in cells:
+            there = "missing" if cell in missing.get(table, []) else "there"
+            print(f"{table}\t{cell.row}\t{cell.name}\t{there}")
+
+
+def _print_table(paper: Paper, name: str, results: Results) -> None:
+    """Ours beside what was asked and the floors; below it, why some was missed."""
+    (table,) = (table for table in paper.tables if table.name == name)
+    rows = results.rows(paper, table)
+    figures = table.figures(rows) if rows else []
+    file = results.file(paper, table).with_suffix(".md")
+    if figures:
+        causes = [] if results.small else misses(paper, table, rows)
+        whys = list(dict.fromkeys(why for _, why in causes))
+        numbers = {(f.row, f.column): whys.index(why) + 1 for f, why in causes}
+        shown = Table(title=f"{paper.name} {name}")
+        for column in ("row", "", "ours", "95 % CI", "seeds", "asked", "floors", "miss"):
+            shown.add_column(column)
+        for f in figures:
+            interval = "" if math.isnan(f.ours.low) else f"{f.ours.low:.4g} .. {f.ours.high:.4g}"
+            spread = "" if math.isnan(f.ours.std) else f" ± {f.ours.std:.2g}"
+            asked = "" if math.isnan(f.asked) else f"{f.asked:.4g} ({f.by})"
+            floors = ", ".join(f"{who} {real(value):.3g}" for who, value in f.floors.items())
+            miss = str(numbers.get((f.row, f.column), ""))
+            ours = f"{f.ours.mean:.4g}{spread}"
+            shown.add_row(f.row, f.column, ours, interval, str(f.ours.seeds), asked, floors, miss)
+        Console().print(shown)
+        for number, why in enumerate(whys, 1):
+            print(f"miss {number}: {why}")
+    print(f"table {file}" if rows else f"table {file}: no row yet")
 
 
 def _image_files(paths: list[Path]) -> list[Path]:
