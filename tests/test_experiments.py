@@ -22,6 +22,10 @@ def test_every_experiment_can_be_read(file: Path) -> None:
     experiment: Any
     if file.parent.name == "zhang2021":  # these make a training set, not a model
         experiment = trompe.read_poisoning(file)
+    elif file.stem.startswith("search-"):
+        search = trompe.read_search(file)
+        assert search.search.points == 54
+        experiment = search.at({})
     else:
         experiment = trompe.read_experiment(file)
     assert experiment.paper == file.parent.name
@@ -30,6 +34,26 @@ def test_every_experiment_can_be_read(file: Path) -> None:
 
 def test_a_checkout_reads_the_experiments_at_its_root() -> None:
     assert FOLDER == EXPERIMENTS
+
+
+@pytest.mark.parametrize(
+    ("search", "row"),
+    [
+        ("search-dual", "dual"),
+        ("search-ep", "explanation-preserving"),
+        ("search-pp", "prediction-preserving"),
+    ],
+)
+def test_a_search_is_of_the_tables_own_experiment(search: str, row: str) -> None:
+    folder = EXPERIMENTS / "noppel2023"
+    experiment: Any = trompe.read_experiment(folder / f"{row}.toml")
+    attack = experiment.attack
+    settings = {
+        "attack.weight": attack.weight,
+        "attack.training.learning_rate": attack.training.learning_rate,
+    }
+    # So that a point with the table's settings is the table's own run.
+    assert trompe.read_search(folder / f"{search}.toml").at(settings) == experiment
 
 
 def rows(setting: str) -> list[fang.Attack]:

@@ -5,10 +5,12 @@ import math
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trompe.experiments.fang2020 import tables as fang
+from trompe.experiments.noppel2023 import search as noppel_search
 from trompe.experiments.zhang2021 import tables as zhang
 from trompe.files import put_between
 from trompe.replicating import Paper, Results, page, paper_names, read_causes, read_paper
@@ -182,3 +184,60 @@ def test_zhangs_rows_are_there() -> None:
         for interpreter in zhang.INTERPRETERS
         for attack in ("none", "wm", "imf", "eq4")
     }
+
+
+# --- the search of Noppel & Wressnegger 2023 ------------------------------------------------------
+
+
+def a_point(number: int, weight: float, rate: float, **how: Any) -> dict[str, Any]:
+    settings = {"lambda": weight, "learning rate": rate}
+    fixed = {"number": number, "settings": settings, "epochs": 3, "pruned": False, "score": 0.5}
+    return {**fixed, "state": "complete", "seconds": 360.0, **how}
+
+
+def test_a_searchs_results_are_made_from_its_points(tmp_path: Path) -> None:
+    found = {
+        "points": 54,
+        "seconds": 7200.0,
+        "seconds_saved": 1800.0,
+        "rows": [
+            a_point(0, 0.95, 1e-3),
+            a_point(1, 0.85, 1e-3, score=0.25),
+            a_point(2, 0.85, 2e-4, score=3.0, epochs=1, pruned=True, state="pruned"),
+            a_point(3, 0.95, 2e-4, score=None, epochs=0, state="failed", error="diverged"),
+        ],
+        "search": {
+            "score": "score",
+            "parameters": {"attack.weight": [0.85, 0.95], "rate": [2e-4, 1e-3]},
+        },
+        "experiment": {},
+        "provenance": {"device": "a processor", "cores": 2, "threads": 1},
+    }
+    (tmp_path / "search.json").write_text(json.dumps(found))
+    noppel_search.write("dual", noppel_search.SearchFolder(tmp_path), tmp_path / "results")
+    kept = json.loads((tmp_path / "results" / "search_dual.json").read_text())
+    keys = {"lambda", "learning_rate", "epochs", "pruned", "score", "state", "seconds"}
+    assert all(set(row) == keys for row in kept["rows"])
+    assert [(row["lambda"], row["learning_rate"]) for row in kept["rows"]] == [
+        (0.85, 2e-4),
+        (0.85, 1e-3),
+        (0.95, 2e-4),
+        (0.95, 1e-3),
+    ]
+    text = (tmp_path / "results" / "search_dual.md").read_text()
+    assert "| 0.85 | (3.0000 after 1) | **0.2500** |" in text
+    assert "| 0.95 | failed | 0.5000 |" in text
+    assert "4 of 54 points: 2 to the end, 1 given up, 1 failed. 2.00 hours" in text
+    assert (tmp_path / "results" / "search_dual.png").is_file()
+
+
+@pytest.mark.parametrize("goal", ["dual", "ep", "pp"])
+def test_a_searchs_page_is_made_from_its_rows(goal: str) -> None:
+    file = TABLE.parent / f"search_{goal}.json"
+    if not file.exists():
+        pytest.skip(f"no search of goal {goal} has been recorded")
+    found = json.loads(file.read_text())
+    assert len(found["rows"]) == found["points"] == 54
+    assert found["provenance"]["commit"]
+    assert "+changes" not in found["provenance"]["commit"]
+    assert file.with_suffix(".md").read_text() == noppel_search.markdown(found)

@@ -254,8 +254,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "L1 (less is nearer to the lie) and Jaccard (more is nearer) between victims' maps of the "
         f"target and the wanted map: mean over 10 targets and {victims} victims each, L1 with its "
         "standard deviation over both. In brackets the same victims, un-attacked. Succeeded: the "
-        f"share of targets whose mean L1 is at most {SUCCEEDED} of its un-attacked mean. Class kept: "
-        "share of victims that predict the target's class. Accuracy: victims', beside un-attacked ones'.",
+        f"share of targets whose mean L1 is at most {SUCCEEDED} of its un-attacked mean. Class "
+        "kept: share of victims that predict the target's class. Accuracy: victims', beside "
+        "un-attacked ones'.",
         "",
         "| data, interpreter | attack | poisons | K | victims | L1 | of un-attacked | Jaccard, top "
         "20 % | Jaccard, > .5 | succeeded | class kept | accuracy |",

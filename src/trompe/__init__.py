@@ -40,6 +40,7 @@ from trompe.recording import watch
 from trompe.report import render
 from trompe.run_list import list_runs
 from trompe.runs import RunFolder
+from trompe.search import SearchFolder, read_search, search
 from trompe.train import Training, fit
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "PoisoningExperiment",
     "Remembered",
     "RunFolder",
+    "SearchFolder",
     "TableSet",
     "Target",
     "Training",
@@ -81,12 +83,14 @@ __all__ = [
     "poison_sets",
     "read_experiment",
     "read_poisoning",
+    "read_search",
     "remeasure",
     "render",
     "run",
     "run_folder",
     "run_jobs",
     "save_model",
+    "search",
     "shipped_experiment",
     "train_clean_model",
     "victims_of",

@@ -23,6 +23,7 @@ from trompe.experiment import (
     read_experiment,
     remeasure,
     run,
+    set_key,
     shipped_experiment,
 )
 from trompe.explaining import explain
@@ -46,6 +47,7 @@ from trompe.replicating import (
 from trompe.replicating import choose as choose_cells
 from trompe.report import render
 from trompe.report.poison_pictures import draw_maps, draw_poisons
+from trompe.report.search_pictures import draw_search
 from trompe.run_list import (
     HEADLINES,
     Run,
@@ -58,6 +60,7 @@ from trompe.run_list import (
 )
 from trompe.runs import RunFolder
 from trompe.screen import Screen, Silent, console, progress_bars
+from trompe.search import read_search, search
 
 app = typer.Typer(
     help="Can this model's explanations be trusted?",
@@ -276,6 +279,36 @@ def attack(
         _print_numbers(RunFolder(path))
         print(f"run {path}")
     _end(outcomes)
+
+
+@app.command(name="search")
+def search_(
+    experiment: Annotated[Path, typer.Argument(help="An experiment in TOML with a [search].")],
+    workers: Workers = 1,
+    scheduler: Scheduler = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="postgresql://..., where searches on several machines share the points."),
+    ] = None,
+    seed: Seed = None,
+    settings: Settings = None,
+    root: Root = Path("runs"),
+    skip_unreadable: Skip = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Try an experiment with many settings and write down the best. The same command resumes."""
+    table = _table(experiment_table(experiment), seed, settings, skip_unreadable)
+    spec = read_search(table, str(experiment))
+    crew = _gather(device, threads, workers, scheduler)
+    with progress_bars() as bars:
+        folder = search(spec, root, device, crew, storage, bars)
+        bars.stage("drawing")
+        picture = draw_search(folder.path)
+    _print_search(folder.read())
+    if folder.best.is_file():
+        print(f"best {folder.best}")
+    print(f"open {picture}")
 
 
 @app.command(name="poison")
@@ -593,13 +626,10 @@ def _changed(table: dict[str, Any], seed: int | None, settings: list[str] | None
             parsed = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             parsed = value  # a plain word needs no quotes
-        *path, last = key.strip().split(".")
-        inner = table
-        for name in path:
-            inner = inner.setdefault(name, {})
-            if not isinstance(inner, dict):
-                raise InputError(f"--set {text}: {name} is no table")
-        inner[last] = parsed
+        try:
+            set_key(table, key.strip(), parsed)
+        except InputError as error:
+            raise InputError(f"--set {error}") from error
     if seed is not None:
         table["seed"] = seed
     return table
@@ -731,6 +761,31 @@ def _print_differences(runs: list[Run]) -> None:
     for key in dict.fromkeys(key for one in runs for key in one.numbers):
         numbers = (one.numbers.get(key) for one in runs)
         table.add_row(key, *("" if number is None else f"{number:.4f}" for number in numbers))
+    Console().print(table)
+
+
+_SHOWN = 5  # best points
+
+
+def _print_search(found: dict[str, Any]) -> None:
+    """The best points, and what they all took."""
+    rows = [row for row in found["rows"] if row["state"] == "complete"]
+    rows.sort(key=lambda row: row["score"])
+    names = list(found["rows"][0]["settings"])
+    states = [row["state"] for row in found["rows"]]
+    counts = ", ".join(
+        f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed")
+    )
+    spent, saved = (found[key] / 60 for key in ("seconds", "seconds_saved"))
+    table = Table(
+        title=f"{found['name']}: the best of {len(states)} points",
+        caption=f"{counts}; {spent:.1f} minutes, pruning saved about {saved:.1f}",
+    )
+    for column in (*names, found["search"]["score"], "epochs", "seconds"):
+        table.add_column(column)
+    for row in rows[:_SHOWN]:
+        values = (str(value) for value in row["settings"].values())
+        table.add_row(*values, f"{row['score']:.4f}", str(row["epochs"]), f"{row['seconds']:.0f}")
     Console().print(table)
 
 

@@ -6,7 +6,7 @@ import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -38,7 +38,15 @@ from trompe.many import Place
 from trompe.measure import gallery, measure
 from trompe.ranks import is_first, on_first
 from trompe.recording import INPUT
-from trompe.runs import FileLogbook, Inputs, RunFolder, alone_together, fingerprint, provenance
+from trompe.runs import (
+    FileLogbook,
+    Inputs,
+    Listener,
+    RunFolder,
+    alone_together,
+    fingerprint,
+    provenance,
+)
 from trompe.screen import Screen, Silent
 from trompe.second_derivatives import slow_layers
 
@@ -128,6 +136,16 @@ def experiment_table(file: Path | str) -> dict[str, Any]:
     return table
 
 
+def set_key(table: dict[str, Any], key: str, value: Any) -> None:
+    """Changes the table: "attack.weight" is weight in the table attack, made if it is not there."""
+    *path, last = key.split(".")
+    for name in path:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise InputError(f"{key}: {name} is no table")
+    table[last] = value
+
+
 def read_experiment(source: Path | str | dict[str, Any], where: str = "") -> Experiment:
     """An experiment from a TOML file or its table.
 
@@ -137,6 +155,10 @@ def read_experiment(source: Path | str | dict[str, Any], where: str = "") -> Exp
         table, where = source, where or "experiment"
     else:
         table, where = experiment_table(source), where or str(source)
+    if "search" in table:
+        raise InputError(
+            f"{where}: has a table [search]; run it with trompe search, or take that table out"
+        )
     check_attack_makes(table, where, "a model")
     experiment: Experiment = catalog.build_dataclass(Experiment, table, where)
     return experiment
@@ -178,7 +200,6 @@ def run(
         with alone_together(folder, screen):
             if not on_first(lambda: folder.finished):  # nor by a process that was waited for
                 scene = set_up(experiment, root, device, screen)
-                on_first(lambda: folder.open(spec, inputs))
                 _attack(folder, experiment, scene, spec, device, screen, remembered)
                 return folder
     on_first(lambda: folder.open(spec, inputs))
@@ -213,17 +234,11 @@ def _attack(
 ) -> None:
     made = provenance(torch.device(device))
     screen.stage("attack")
-    logbook = FileLogbook(folder.path / "checkpoint.pt", screen)
+    logbook = logbook_of(folder, screen)
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(experiment.seed)
-    try:
-        attacked = experiment.attack(
-            scene.reference, scene.train, generator, scene.selecting, logbook
-        )
-    except InputError:  # settings that do not fit the data: nothing was begun
-        if is_first():
-            folder.discard_if_empty()
-        raise
+    attacked = attack_alone(
+        experiment, folder, scene.reference, scene.train, scene.selecting, logbook
+    )
     # What an interrupted run did before counts as well.
     seconds = max(time.perf_counter() - started, sum(r.seconds for r in attacked.history))
 
@@ -258,6 +273,34 @@ class AttackJob:
         return str(run(experiment, place.root, choose_device(place.device), screen).path)
 
 
+def logbook_of(folder: RunFolder, listener: Listener) -> FileLogbook:
+    """Where a run's attack keeps its state after each epoch."""
+    return FileLogbook(folder.path / "checkpoint.pt", listener)
+
+
+def attack_alone(
+    experiment: Experiment,
+    folder: RunFolder,
+    reference: Classifier,
+    train: ImageSet,
+    selecting: ImageSet,
+    logbook: FileLogbook,
+) -> Attacked:
+    """A run's attack without its measurement; `run` later goes on from the checkpoint.
+
+    Whoever calls it holds the folder (`RunFolder.alone`). Raises as `run`.
+    """
+    spec, inputs = catalog.describe(experiment), catalog.contents(experiment)
+    on_first(lambda: folder.open(spec, inputs))
+    generator = torch.Generator().manual_seed(experiment.seed)
+    try:
+        return experiment.attack(reference, train, generator, selecting, logbook)
+    except InputError:  # settings that do not fit the data: nothing was begun
+        if is_first():
+            folder.discard_if_empty()
+        raise
+
+
 def remeasure(
     folder: RunFolder,
     root: Path | str = "runs",
@@ -278,6 +321,15 @@ def remeasure(
         return _write_numbers(folder, experiment, scene, attacked, screen)
 
 
+class Sets(NamedTuple):
+    """An experiment's data, and the halves of the test set: for choices and for numbers."""
+
+    train: ImageSet
+    test: ImageSet
+    selecting: ImageSet
+    reporting: ImageSet
+
+
 @dataclass(frozen=True)
 class Scene:
     """What an attack starts from: data, its halves of the test set, and two clean models."""
@@ -295,6 +347,24 @@ def set_up(
     experiment: Experiment, root: Path | str, device: torch.device | str, screen: Screen
 ) -> Scene:
     """Read the data, load or train the clean models, find the explainer's layer."""
+    sets = read_sets(experiment, screen)
+    train, test = sets.train, sets.test
+    reference = clean_model(experiment, train, test, "reference", root, device, screen)
+    witness = clean_model(experiment, train, test, "witness", root, device, screen)
+    explainers = experiment.attack.explainers
+    for explainer in explainers:
+        layers = ", ".join(explainer.watches(reference))
+        screen.note(f"{type(explainer).__name__} reads layer {layers}")
+        if INPUT in explainer.watches(reference) and (slow := slow_layers(reference)):
+            screen.note(
+                f"{type(explainer).__name__} is trained through PyTorch's own second derivatives "
+                f"of {', '.join(slow)}, which are slow"
+            )
+    return Scene(*sets, reference, witness, explainers)
+
+
+def read_sets(experiment: Experiment, screen: Screen) -> Sets:
+    """Read the data and halve the test set; InputError for tables."""
     screen.stage("reading data")
     train, test = experiment.data.train(), experiment.data.test()
     if not isinstance(train, ImageSet):
@@ -310,18 +380,7 @@ def set_up(
         f"{len(train.class_names)} classes" + (f"; {skipped} unreadable skipped" if skipped else "")
     )
     note_streamed(train, screen)
-    reference = clean_model(experiment, train, test, "reference", root, device, screen)
-    witness = clean_model(experiment, train, test, "witness", root, device, screen)
-    explainers = experiment.attack.explainers
-    for explainer in explainers:
-        layers = ", ".join(explainer.watches(reference))
-        screen.note(f"{type(explainer).__name__} reads layer {layers}")
-        if INPUT in explainer.watches(reference) and (slow := slow_layers(reference)):
-            screen.note(
-                f"{type(explainer).__name__} is trained through PyTorch's own second derivatives "
-                f"of {', '.join(slow)}, which are slow"
-            )
-    return Scene(train, test, selecting, reporting, reference, witness, explainers)
+    return Sets(train, test, selecting, reporting)
 
 
 def note_streamed(train: Samples, screen: Screen) -> None:

@@ -1,0 +1,116 @@
+"""The search of Noppel & Wressnegger 2023, section 5: go on with it, write results/noppel2023/.
+
+    python experiments/noppel2023/search.py [--goals dual] [--root runs] [--workers 2]
+        [--scheduler tcp://...] [--storage postgresql://...]
+
+For each goal search_<goal>.json, .md and .png, from the search's folder below --root. GTSRB is read
+from data/ (torchvision's layout). Interrupted, the same command goes on.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import trompe
+from trompe.files import write_atomically, write_json
+from trompe.machine import choose_threads
+from trompe.many import crew_of
+from trompe.report.search_pictures import draw_search
+from trompe.screen import progress_bars
+from trompe.search import SearchFolder, search_folder
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent.parent / "results" / "noppel2023"
+GOALS = {"dual": "dual", "ep": "explanation-preserving", "pp": "prediction-preserving"}
+PARAMETERS = ("lambda", "learning rate")
+
+
+def row(of: dict[str, Any]) -> dict[str, Any]:
+    """One point, flat."""
+    settings = {name.replace(" ", "_"): of["settings"][name] for name in PARAMETERS}
+    kept = ("epochs", "pruned", "score", "state", "seconds")
+    return {**settings, **{name: of[name] for name in kept}}
+
+
+def results(goal: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a search: without what only its machine knows."""
+    rows = [row(of) for of in found["rows"]]
+    rows.sort(key=lambda r: (r["lambda"], r["learning_rate"]))
+    beside = ("points", "seconds", "seconds_saved", "provenance", "search", "experiment")
+    return {"goal": GOALS[goal], **{name: found[name] for name in beside}, "rows": rows}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The grid as a table of scores."""
+    rows = {(r["lambda"], r["learning_rate"]): r for r in found["rows"]}
+    lambdas, rates = (sorted({point[i] for point in rows}) for i in (0, 1))
+    complete = [r for r in found["rows"] if r["state"] == "complete"]
+    best = min(complete, key=lambda r: r["score"], default=None)
+    counts = {state: 0 for state in ("complete", "pruned", "failed")}
+    for r in found["rows"]:
+        counts[r["state"]] = counts.get(r["state"], 0) + 1
+
+    def cell(r: dict[str, Any] | None) -> str:
+        if r is None or r["score"] is None or r["state"] == "failed":
+            return "" if r is None else r["state"]
+        text = f"{r['score']:.4f}"
+        if r["pruned"]:
+            return f"({text} after {r['epochs']})"
+        return f"**{text}**" if r is best else text
+
+    made = found["provenance"]
+    lines = [
+        f"# Noppel & Wressnegger 2023, section 5: the search, {found['goal']}",
+        "",
+        "ResNet-20 on GTSRB at 40x40, Grad-CAM. Score of the four metrics on images of the first "
+        "half of the test set, lower is better, after the last epoch; in brackets of a point that "
+        "was given up, after so many epochs.",
+        "",
+        f"{len(rows)} of {found['points']} points: {counts['complete']} to the end, "
+        f"{counts['pruned']} given up, {counts['failed']} failed. {found['seconds'] / 3600:.2f} "
+        f"hours of training; pruning saved about {found['seconds_saved'] / 3600:.2f}.",
+        "",
+        "| lambda | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+        "|---|" + "---|" * len(rates),
+    ]
+    for value in lambdas:
+        cells = (cell(rows.get((value, rate))) for rate in rates)
+        lines.append(f"| {value:g} | " + " | ".join(cells) + " |")
+    lines += ["", f"{made['device']}, {made['cores']} cores, {made['threads']} thread(s)."]
+    return "\n".join(lines) + "\n"
+
+
+def write(goal: str, folder: SearchFolder, to: Path = RESULTS) -> None:
+    """search_<goal>.json, .md and .png."""
+    found = results(goal, folder.read())
+    write_json(to / f"search_{goal}.json", found)
+    text = markdown(found)
+    write_atomically(to / f"search_{goal}.md", lambda file: file.write_text(text))
+    picture = draw_search(folder.path)
+    write_atomically(to / f"search_{goal}.png", lambda file: shutil.copyfile(picture, file))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--goals", nargs="*", default=["dual"], choices=list(GOALS))
+    parser.add_argument("--root", type=Path, default=Path("runs"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--scheduler", help="address of a Dask cluster")
+    parser.add_argument("--storage", help="URL of a database that several searches share")
+    parser.add_argument("--only-write", action="store_true", help="take the search as it is now")
+    chosen = parser.parse_args()
+    choose_threads()
+    crew = crew_of(chosen.workers, chosen.scheduler)
+    for goal in chosen.goals:
+        spec = trompe.read_search(HERE / f"search-{goal}.toml")
+        folder = search_folder(spec, chosen.root)
+        if not chosen.only_write:
+            with progress_bars() as bars:
+                trompe.search(spec, chosen.root, chosen.device, crew, chosen.storage, bars)
+        write(goal, folder)
+
+
+if __name__ == "__main__":
+    main()
