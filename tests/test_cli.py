@@ -506,6 +506,55 @@ def test_commands_say_which_other_one_an_experiment_or_folder_is_for(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_failed_run_of_many_stops_no_other_and_is_named(attacked: Path, tmp_path: Path) -> None:
+    shutil.copytree(attacked / "runs", tmp_path / "runs")  # with seed 0 and its clean models
+    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "bad.toml").write_text(TINY.replace("label = 3", "label = 99"))
+    before = (run_folder(tmp_path) / "model.safetensors").stat().st_mtime_ns
+    words = ["bad.toml", "tiny.toml", "--seeds", "0,1", "--workers", 2]
+    done = call("attack", *words, folder=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    told = " ".join(done.stderr.split())
+    for name in ("bad-s0", "bad-s1"):
+        assert f"failed: {name}: target class 99 is out of range" in told
+    assert "2 processes" in told
+    folders = [sorted(tmp_path.glob(f"runs/tiny-s{seed}-*")) for seed in (0, 1)]
+    ((first,), (second,)) = folders
+    lines = done.stdout.splitlines()
+    runs = [line for line in lines if line.startswith("run ")]
+    assert runs == [f"run runs/{folder.name}" for folder in (first, second)]
+    assert (first / "model.safetensors").stat().st_mtime_ns == before
+    assert json.loads((second / "spec.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--seed", 1, "--seeds", "0,1"], r"--seed 1 --seeds 0,1: give one of the two"),
+        (["--seeds", "0 1"], r"--seeds 0 1: must be numbers, as in --seeds 0,1,2"),
+        (["--workers", 0], r"workers = 0: must be at least 1"),
+        (
+            ["--workers", 2, "--set", "attack.weight=7"],
+            r"weight \(lambda\) = 7: must lie in 0\.\.1",
+        ),
+        (["--scheduler", "tcp://127.0.0.1"], r"scheduler tcp://127\.0\.0\.1: does not answer"),
+    ],
+)
+def test_a_wrong_setting_of_many_runs_is_named(
+    tmp_path: Path,
+    words: list[object],
+    expected: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    told = mistake(["attack", "tiny.toml", *words], capsys, monkeypatch)
+    assert re.search(expected, told), told
+    assert not (tmp_path / "runs").exists()
+
+
 def test_python_runs_it_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "trompe", "list", "models"], capture_output=True, text=True

@@ -16,6 +16,8 @@ from trompe.screen import Screen
 
 ANSWERS_WITHIN = 10.0  # seconds: a scheduler that is asked for the first time
 BACK_WITHIN = 300.0  # seconds: one that has answered before, after a restart
+# Dask blames a worker's death also on work that only waited there, so it is believed the second time.
+VERDICTS = 2
 GPU = {"GPU": 1}  # what a worker with a GPU offers: dask worker --resources GPU=1
 
 
@@ -79,22 +81,27 @@ class Cluster:
 
     def run(self, work: Callable[..., Any]) -> Any:
         """work(), called by a worker. Raises Unreachable if the scheduler is gone for good."""
+        verdicts = 0
         while True:
             executor = self._connected().get_executor(
                 pure=False, resources=GPU if self._gpus else None
             )
             future = executor.submit(work)
             self._futures.add(future)
+            if self._left:  # since it was handed in
+                future.cancel()
             try:
                 return future.result()
             except CancelledError:  # the scheduler has gone
                 if self._left:
                     raise TrompeError("interrupted") from None
             except self._dask.KilledWorker as error:
-                raise TrompeError(
-                    "the workers that ran it died, one after the other: killed, or out of memory; "
-                    "the same command goes on with it"
-                ) from error
+                verdicts += 1
+                if verdicts == VERDICTS:
+                    raise TrompeError(
+                        "the workers that ran it died, one after the other: killed, or out of "
+                        "memory; the same command goes on with it"
+                    ) from error
             finally:
                 self._futures.discard(future)
 
