@@ -513,7 +513,7 @@ def replicate_(
         Path | None, typer.Option(help="Folder of the tables; default: results.")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(help="Look at so many at most, where a table can.")
+        int | None, typer.Option(help="Look at so many at most, where a table can (and --again).")
     ] = None,
     small: Annotated[
         bool, typer.Option("--small", help="The size of a test, into results-small.")
