@@ -199,7 +199,7 @@ def test_a_negative_number_of_readers_is_refused(source: Callable[..., Any]) -> 
 
 def test_a_daemon_reads_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reading_processes(3) == 3
-    assert reading_processes(None) >= 1
+    assert reading_processes(None) == 1  # as many as torch has threads here
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
     assert reading_processes(3) == 0
 

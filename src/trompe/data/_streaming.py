@@ -22,7 +22,7 @@ from trompe.interfaces import InputError
 from trompe.machine import cores
 
 AHEAD = 2  # parts that wait, read, for each process that reads
-IDLE_SECONDS = 60  # after which a reading process ends; the next need starts it again
+IDLE_SECONDS = 300  # after which a reading process ends; the next need starts it again
 _EXAMINED_TOGETHER = 64
 
 # Readers get the functions themselves instead of importing trompe, which would import torch: 40 MB
@@ -35,9 +35,9 @@ class ImageFiles:
     """Image files as uint8 (n, 3, size, size): a StoredImages.
 
     files: names of all; stamps: int64 (all, 2), of each what `examine` found; index: int64 (n,),
-    which of them these images are. readers: how many processes read ahead in `in_turn`; 0: none,
-    None: half of the cores, at most 8. It changes no pixel. All of it takes about 200 bytes an
-    image, whatever its size.
+    which of them these images are. readers: how many processes read ahead in `in_turn`, see
+    `reading_processes`; they change no pixel. All of it takes about 200 bytes an image, whatever
+    its size.
 
     Files that are removed or changed later are an InputError when they are asked for; those that
     are added play no part.
@@ -144,12 +144,13 @@ def in_turn(
 
 
 def reading_processes(wanted: int | None) -> int:
-    """As wanted; by default half of the cores, at most 8. None where processes may not be started:
+    """As wanted; by default half of the cores, at most 8 and no more than torch has threads here,
 
-    in a process that is itself a daemon, as those of Dask's workers are.
+    as other runs may share the machine. 0 where processes may not be started: in a process that is
+    itself a daemon, as those of Dask's workers are.
     """
     if multiprocessing.current_process().daemon:
         return 0
     if wanted is None:
-        return max(1, min(8, cores() // 2))
+        return max(1, min(8, cores() // 2, torch.get_num_threads()))
     return wanted
