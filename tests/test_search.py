@@ -286,12 +286,6 @@ def test_the_command_says_what_is_best_and_where(tmp_path: Path) -> None:
     assert "1 complete, 0 pruned, 0 failed" in done.stdout
     assert "1 of 1: level" in done.stderr
 
-    words = ("-m", "trompe", "search", best)
-    done = subprocess.run([sys.executable, *words], env=settings, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "has no table" in done.stderr
-    assert "Traceback" not in done.stderr
-
 
 # --- what is said to the user ---------------------------------------------------------------------
 
