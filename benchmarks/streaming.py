@@ -20,7 +20,8 @@ rounds of (contender's images a second / those in memory in the same round).
 
 import argparse
 import json
-import resource
+import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from loky import get_reusable_executor
 from PIL import Image
 from rich.progress import track
 from torch import nn
@@ -83,7 +83,7 @@ def one(root: Path, size: int, readers: int | None) -> dict[str, float]:
     """Seconds of each phase, and memory in MB. readers None: in memory."""
     choose_threads(1)
     model, goal = network(), Goal(Rectangle(), 0, Reference())
-    before = _peak(resource.RUSAGE_SELF)
+    before = _peak(os.getpid())
     source = ImageFolder(
         str(root), size, TEST_SHARE, in_memory=readers is None, readers=readers or 0
     )
@@ -99,11 +99,9 @@ def one(root: Path, size: int, readers: int | None) -> dict[str, float]:
     timed("epoch", lambda: epoch(model, data, goal))
     timed("answers", lambda: answers(model, (GradCam("3"),), data))
     found["images"] = len(data)
-    if readers:
-        get_reusable_executor().shutdown(wait=True)  # only then its memory is known
-    found["peak"] = _peak(resource.RUSAGE_SELF)
-    found["reader"] = _peak(resource.RUSAGE_CHILDREN) if readers else 0.0
-    found["peak"] += found["reader"] * (readers or 0)
+    reading = multiprocessing.active_children()
+    found["reader"] = max((_peak(process.pid or 0) for process in reading), default=0.0)
+    found["peak"] = _peak(os.getpid()) + found["reader"] * len(reading)
     return found
 
 
@@ -115,9 +113,10 @@ def epoch(model: nn.Module, data: ImageSet, goal: Goal) -> None:
             model(batch.images)
 
 
-def _peak(whose: int) -> float:
-    kilobytes = resource.getrusage(whose).ru_maxrss
-    return kilobytes / 1024 if sys.platform != "darwin" else kilobytes / 1024**2
+def _peak(pid: int) -> float:
+    """MB of memory that a process has had at most. (Linux; getrusage counts its parent's, too.)"""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def apart(root: Path, size: int, contender: str) -> dict[str, float]:

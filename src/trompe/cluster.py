@@ -16,7 +16,7 @@ from trompe.screen import Screen
 
 ANSWERS_WITHIN = 10.0  # seconds: a scheduler that is asked for the first time
 BACK_WITHIN = 300.0  # seconds: one that has answered before, after a restart
-# Dask blames a worker's death also on work that only waited there, so it is believed the second time.
+# Dask blames a worker's death on work that only waited there, too: it is believed the second time.
 VERDICTS = 2
 GPU = {"GPU": 1}  # what a worker with a GPU offers: dask worker --resources GPU=1
 

@@ -1,6 +1,7 @@
 """Image files -> uint8 arrays. What reading processes run: imports neither torch nor trompe."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -11,8 +12,12 @@ import numpy as np
 from PIL import Image
 
 
-def end_with(master: int) -> None:
-    """Ends this process soon after its parent `master`, which cannot say so when it is killed."""
+def serve(master: int) -> None:
+    """Makes this process end soon after its parent `master`, which cannot tell when it is killed,
+
+    and leave Ctrl-C to it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == master:

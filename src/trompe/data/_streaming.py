@@ -17,7 +17,7 @@ from loky import BrokenProcessPool, get_reusable_executor
 from torch import Tensor
 
 from trompe.data import _decoding
-from trompe.data._decoding import Examined, Stamp, decode_unchanged, end_with, examine
+from trompe.data._decoding import Examined, Stamp, decode_unchanged, examine, serve
 from trompe.interfaces import InputError
 from trompe.machine import cores
 
@@ -126,7 +126,7 @@ def in_turn(
             # One pool for all sets; asked for anew, as its idle processes end. Loky's, because it
             # does not run a user's script again in each process, as the standard library's would.
             pool = get_reusable_executor(
-                count, timeout=IDLE_SECONDS, initializer=end_with, initargs=(os.getpid(),)
+                count, timeout=IDLE_SECONDS, initializer=serve, initargs=(os.getpid(),)
             )
             waiting.append(pool.submit(function, *arguments))
             if len(waiting) > AHEAD * count:
