@@ -3,6 +3,8 @@
 import errno
 import json
 import math
+import multiprocessing
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +204,22 @@ def test_a_block_is_put_between_its_own_markers() -> None:
     new = put_between(text, "x", "new")
     assert new == text.replace("old", "new")
     assert put_between(new, "y", "more") == new.replace("y:begin -->\n", "y:begin -->\nmore\n")
+
+
+def _add_rows(file: Path, name: str, together: Barrier) -> None:
+    together.wait(120)
+    for number in range(40):
+        unite_rows(file, [{"name": name, "number": number}], ("name", "number"))
+
+
+def test_two_processes_that_add_rows_lose_none(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    spawn = multiprocessing.get_context("spawn")
+    together = spawn.Barrier(2)
+    adding = [spawn.Process(target=_add_rows, args=(file, name, together)) for name in "ab"]
+    for process in adding:
+        process.start()
+    for process in adding:
+        process.join(120)
+        assert process.exitcode == 0
+    assert len(json.loads(file.read_text())["rows"]) == 80

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from trompe.interfaces import InputError
 
 Row = dict[str, Any]
@@ -90,11 +92,15 @@ def strict_json(value: Any) -> Any:
 def unite_rows(file: Path, found: Sequence[Row], keys: Sequence[str], **beside: Any) -> list[Row]:
     """Writes the file's rows, those found now in the place of older ones, and returns them all.
 
-    keys: what tells rows apart. New rows come last. beside: other entries of the file.
+    keys: what tells rows apart. New rows come last. beside: other entries of the file. Processes
+    that do so at once wait for each other.
     """
-    old = read_json(file)["rows"] if file.exists() else []
-    rows = {tuple(row[key] for key in keys): row for row in (*old, *found)}
-    write_json(file, {**beside, "rows": list(rows.values())})
+    lock = file.parent / ".locks" / f"{file.name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        old = read_json(file)["rows"] if file.exists() else []
+        rows = {tuple(row[key] for key in keys): row for row in (*old, *found)}
+        write_json(file, {**beside, "rows": list(rows.values())})
     return list(rows.values())
 
 
