@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -394,19 +394,25 @@ ALONE = [sys.executable, "-m", "trompe"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trompe"]
 
 
-def begun(folder: Path, *command: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def begin() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts a command in a folder; what still runs at the test's end is stopped."""
+    begun: list[subprocess.Popen] = []
+
+    def start(folder: Path, *command: str) -> subprocess.Popen:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        begun.append(subprocess.Popen(command, cwd=folder, env=environment, **out))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.terminate()  # torchrun then stops those that it started
+        process.wait(60)
 
 
 def ended(process: subprocess.Popen, code: int = 0) -> str:
-    told: str = process.communicate(timeout=600)[0]
+    told: str = process.communicate(timeout=1500)[0]
     assert process.returncode == code, told
     return " ".join(told.split())
 
@@ -485,17 +491,17 @@ def test_a_mistake_is_one_sentence_of_one_process(
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux does")
 def test_a_command_under_torchrun_survives_a_kill_and_gives_what_one_process_gives(
-    tmp_path: Path,
+    tmp_path: Path, begin: Callable[..., subprocess.Popen]
 ) -> None:
     folders = [tmp_path / name for name in ("alone", "shared")]
     for folder in folders:
         folder.mkdir()
         (folder / "tiny.toml").write_text(TINY)
     alone, shared = folders
-    single = begun(alone, *ALONE, "attack", "tiny.toml")
+    single = begin(alone, *ALONE, "attack", "tiny.toml")
 
-    killed = begun(shared, sys.executable, *TORCHRUN, "attack", "tiny.toml")
-    deadline = time.monotonic() + 500
+    killed = begin(shared, sys.executable, *TORCHRUN, "attack", "tiny.toml")
+    deadline = time.monotonic() + 1500
     while not list(shared.glob("runs/tiny-*/checkpoint.pt")):
         assert killed.poll() is None, killed.communicate()[0]
         assert time.monotonic() < deadline
@@ -508,7 +514,7 @@ def test_a_command_under_torchrun_survives_a_kill_and_gives_what_one_process_giv
     (run,) = shared.glob("runs/tiny-*")
     assert not (run / "numbers.json").exists()
 
-    told = ended(begun(shared, sys.executable, *TORCHRUN, "attack", "tiny.toml"))
+    told = ended(begin(shared, sys.executable, *TORCHRUN, "attack", "tiny.toml"))
     assert told.count(f"run runs/{run.name}") == 1
     ended(single)
     numbers, history, made = written_in(shared)
