@@ -9,7 +9,6 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from trompe import catalog
@@ -148,6 +147,8 @@ def _new_network(name: str, classes: int, **more: int) -> nn.Module:
 
 
 def _torchvision(name: str, weights: str | None, **settings: Any) -> nn.Module:
+    import torchvision  # takes seconds, so not before it is needed
+
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise InputError(

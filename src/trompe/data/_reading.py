@@ -38,6 +38,10 @@ def check_readers(readers: int | None) -> None:
         raise InputError(f"data.readers = {readers}: must be 0 (none) or more")
 
 
+# What torchvision's image folders take for images; importing it takes seconds.
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
 def read_images(
     files: Sequence[Path | str],
     labels: Sequence[int],

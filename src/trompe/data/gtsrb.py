@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchvision import datasets
-
 from trompe.data._contents import hash_of_files
 from trompe.data._reading import check_readers, read_images
 from trompe.interfaces import ImageSet, InputError
@@ -90,6 +88,8 @@ class Gtsrb:
 
     def _read(self, split: str) -> ImageSet:
         try:
+            from torchvision import datasets  # takes seconds, so not before it is needed
+
             found = datasets.GTSRB(self.root, split=split, download=self.download)
             files = [Path(file) for file, _ in found._samples]
             if split == "train":

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from trompe.data._contents import hash_of_files
-from trompe.data._reading import check_readers, read_images
+from trompe.data._reading import IMG_EXTENSIONS, check_readers, read_images
 from trompe.data._splits import stratified_split
 from trompe.interfaces import ImageSet, InputError
 

@@ -8,10 +8,9 @@ from typing import Literal
 
 import torch
 from scipy.io import loadmat
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from trompe.data._contents import hash_of_files
-from trompe.data._reading import check_readers, read_images
+from trompe.data._reading import IMG_EXTENSIONS, check_readers, read_images
 from trompe.data._splits import check_held_out, stratified_split
 from trompe.interfaces import ImageSet, InputError
 
