@@ -517,7 +517,7 @@ def test_a_failed_run_of_many_stops_no_other_and_is_named(attacked: Path, tmp_pa
     assert "Traceback" not in done.stderr + done.stdout
     told = " ".join(done.stderr.split())
     for name in ("bad-s0", "bad-s1"):
-        assert f"failed: {name}: target class 99 is out of range" in told
+        assert f"failed: {name}: goal (unnamed): target class 99 is out of range" in told
     assert "2 processes" in told
     folders = [sorted(tmp_path.glob(f"runs/tiny-s{seed}-*")) for seed in (0, 1)]
     ((first,), (second,)) = folders
@@ -536,7 +536,7 @@ def test_a_failed_run_of_many_stops_no_other_and_is_named(attacked: Path, tmp_pa
         (["--workers", 0], r"workers = 0: must be at least 1"),
         (
             ["--workers", 2, "--set", "attack.weight=7"],
-            r"weight \(lambda\) = 7: must lie in 0\.\.1",
+            r"weight \(lambda\) = 7\.0: must lie in 0\.\.1",
         ),
         (["--scheduler", "tcp://127.0.0.1"], r"scheduler tcp://127\.0\.0\.1: does not answer"),
     ],

@@ -343,7 +343,7 @@ class Dask:
     def start(self, *words: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-m", "dask", *words, "--no-dashboard"],
-            env={**environment(), "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"},
+            env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -390,8 +390,8 @@ def test_a_cluster_survives_its_workers(tmp_path: Path, dask: Dask) -> None:
     assert found["a"][1:3] == ([1, 2, 3], "")
     assert len({process for _, process in written(tmp_path / "a.steps")}) == 2
     assert "workers that ran it died, one after the other" in found["b"].error
-    # Here Dask gives up at two deaths; some may have been of a worker on which it only waited.
-    assert 2 <= len((tmp_path / "b.begun").read_text()) <= cluster.VERDICTS * 2
+    # Dask gives up after four deaths; some may have been of a worker on which it only waited.
+    assert 4 <= len((tmp_path / "b.begun").read_text()) <= cluster.VERDICTS * 4
     assert found["c"].error.startswith("ZeroDivisionError: nothing can be divided by [0] (trace")
     assert found["d"].error == "weight = 7: must lie in 0..1"
     assert found["e"].error == ""

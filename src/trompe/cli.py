@@ -135,6 +135,8 @@ def _end(outcomes: Sequence[Outcome]) -> None:
         told = f"[red]failed:[/red] {_escape(f'{outcome.job.name}: {outcome.error}')}"
         console.print(told, soft_wrap=True, highlight=False)
     if failed:
+        told = f"{len(failed)} of {len(outcomes)} failed; the same command tries them again"
+        console.print(told, soft_wrap=True, highlight=False)
         raise typer.Exit(1)
 
 
