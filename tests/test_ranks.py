@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import CLASSES, CornerNet
@@ -378,6 +379,7 @@ precision = "float32"
 [attack]
 kind = "explanation_aware_backdoors"
 poison_rate = 0.3
+weight = 0.1 # the maps of a net so little trained are nearly constant: rounding grows in them
 
 [[attack.goals]]
 trigger = { kind = "rectangle", top = 10, left = 4, height = 3, width = 8 }
@@ -423,10 +425,17 @@ def children(parent: int) -> list[int]:
 
 
 def written_in(folder: Path) -> Any:
-    """A run's numbers, epochs and where they come from."""
+    """A run's epochs and where they come from."""
     (run,) = (folder / "runs").glob("tiny-*")
-    names = ("numbers", "history", "provenance")
+    names = ("history", "provenance")
     return (json.loads((run / f"{name}.json").read_text()) for name in names)
+
+
+def weights(folder: Path, name: str) -> Tensor:
+    """All parameters and statistics of a run's model, in one row."""
+    (run,) = (folder / "runs").glob(name)
+    state = load_file(run / "model.safetensors")
+    return torch.cat([state[key].flatten().double() for key in sorted(state)])
 
 
 @pytest.fixture
@@ -519,12 +528,16 @@ def test_a_command_under_torchrun_survives_a_kill_and_gives_what_one_process_giv
 
     told = ended(begin(shared, sys.executable, *TORCHRUN, "attack", "tiny.toml"))
     assert told.count(f"run runs/{run.name}") == 1
-    numbers, history, made = written_in(shared)
-    expected, epochs, made_alone = written_in(alone)
+    history, made = written_in(shared)
+    epochs, made_alone = written_in(alone)
     assert (made["processes"], made_alone["processes"]) == (2, 1)
     assert [one["epoch"] for one in history] == [1, 2, 3]
     for given, wanted in zip(history, epochs, strict=True):
-        assert given["terms"] == pytest.approx(wanted["terms"], rel=2e-2)
-    for row, wanted in zip(numbers["conditions"], expected["conditions"], strict=True):
-        given, wanted = (one["metrics"]["map_distance"]["mean"] for one in (row, wanted))
-        assert given == pytest.approx(wanted, rel=5e-2)  # few images, standardised maps
+        assert given["terms"] == pytest.approx(wanted["terms"], rel=1e-2)
+    # Single precision: how far apart the two end, of the way that both have come. The tests above
+    # compare trainings in double precision.
+    start = weights(alone, "clean/*-s0-*")
+    given, wanted = (weights(folder, "tiny-*") for folder in (shared, alone))
+    way = torch.dist(wanted, start)
+    assert way > 0
+    assert torch.dist(given, wanted) < 0.05 * way
