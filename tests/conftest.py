@@ -16,6 +16,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+os.environ["COLUMNS"] = "200"  # of the terminal that commands write to; read when they are imported
+
 from trompe import catalog
 from trompe.classifier import Classifier, ModelSpec, build_table_model
 from trompe.interfaces import ImageSet, InputError, TableSet

@@ -1,5 +1,9 @@
-"""The command line as a user meets it, in processes of its own."""
+"""The command line as a user meets it.
 
+In this process, but for what a process of its own is needed to see: a kill, a full disk.
+"""
+
+import io
 import json
 import math
 import os
@@ -10,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -48,8 +53,21 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-c", "from trompe.cli import main; main()", *map(str, words)]
 
 
-def call(*words: object, folder: Path, **settings: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+def call(*words: object, folder: Path) -> subprocess.CompletedProcess:
+    """A command in this process, where what it imports is there already."""
+    out, told = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(told):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["trompe", *map(str, words)])
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with pytest.raises(SystemExit) as end:
+            main()
+    return subprocess.CompletedProcess(words, end.value.code or 0, out.getvalue(), told.getvalue())
+
+
+def call_apart(*words: object, folder: Path, **settings: object) -> subprocess.CompletedProcess:
+    """A command in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command(*words),
         cwd=folder,
@@ -142,6 +160,7 @@ def test_a_killed_attack_goes_on_and_ends_in_the_same_bits(
     attacked: Path, tmp_path: Path, end: signal.Signals
 ) -> None:
     (tmp_path / "tiny.toml").write_text(TINY)
+    shutil.copytree(attacked / "runs" / "clean", tmp_path / "runs" / "clean")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command("attack", "tiny.toml"),
@@ -195,7 +214,7 @@ def test_a_wrong_setting_is_named(tmp_path: Path, change: str, expected: str) ->
 def test_an_attack_of_ones_own_must_say_by_what_it_is_measured(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("class Mine:\n    goals = ()\n")
     (tmp_path / "own.toml").write_text('[data]\nkind = "signs"\n[attack]\nkind = "mine:Mine"\n')
-    told = one_sentence(call("attack", "own.toml", folder=tmp_path))
+    told = one_sentence(call_apart("attack", "own.toml", folder=tmp_path))
     assert "own.toml: attack Mine: does not say its explainers; give it goals, explainers" in told
     assert not (tmp_path / "runs").exists()
 
@@ -259,7 +278,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_nothing_half_written(tmp_path: Pa
     def small_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    done = call("attack", "tiny.toml", folder=tmp_path, preexec_fn=small_disk)
+    done = call_apart("attack", "tiny.toml", folder=tmp_path, preexec_fn=small_disk)
     assert "cannot be written" in one_sentence(done)
     left = [f for f in (tmp_path / "runs").rglob("*") if f.is_file() and f.suffix != ".lock"]
     assert {f.name for f in left} <= {"spec.json"}
@@ -398,19 +417,6 @@ def test_a_killed_poisoning_goes_on_and_ends_in_the_same_bits(
     assert not (poison_folder(tmp_path) / "checkpoint.pt").exists()
 
 
-def mistake(
-    words: list[object], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """What a user reads after a mistake, without a process of its own."""
-    monkeypatch.setattr(sys, "argv", ["trompe", *map(str, words)])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    told = capsys.readouterr().err
-    return " ".join(told.split("error:", 1)[1].split())
-
-
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -426,12 +432,9 @@ def test_a_wrong_setting_of_a_poisoning_is_named(
     tmp_path: Path,
     change: str,
     expected: str,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "small.toml").write_text(POISON)
-    monkeypatch.chdir(tmp_path)
-    told = mistake(["poison", "small.toml", "--set", change], capsys, monkeypatch)
+    told = one_sentence(call("poison", "small.toml", "--set", change, folder=tmp_path))
     assert re.search(expected, told), told
     assert not list(tmp_path.glob("runs/small-*"))
 
@@ -451,11 +454,9 @@ def test_a_wrong_setting_of_victims_is_named(
     poisoned: Path,
     words: list[object],
     expected: str,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files = set(poison_folder(poisoned).iterdir())
-    told = mistake(["victim", poison_folder(poisoned), *words], capsys, monkeypatch)
+    told = one_sentence(call("victim", poison_folder(poisoned), *words, folder=poisoned))
     assert re.search(expected, told), told
     assert set(poison_folder(poisoned).iterdir()) == files
 
@@ -473,15 +474,12 @@ def test_a_column_that_cannot_be_used_is_named(
     tmp_path: Path,
     column: list[str],
     expected: str,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [f"{value},{i},{'ab'[i % 2]}" for i, value in enumerate(column)]
     (tmp_path / "own.csv").write_text("\n".join(["age,size,ill", *rows]))
     own = 'kind = "table"\nfile = "own.csv"\noutcome = "ill"\non_missing = "error"'
     (tmp_path / "own.toml").write_text(POISON.replace('kind = "breast_cancer"', own))
-    monkeypatch.chdir(tmp_path)
-    told = mistake(["poison", "own.toml"], capsys, monkeypatch)
+    told = one_sentence(call("poison", "own.toml", folder=tmp_path))
     assert re.search(expected, told), told
     assert not list(tmp_path.glob("runs/[!.]*"))  # but for locks
 
@@ -489,12 +487,9 @@ def test_a_column_that_cannot_be_used_is_named(
 def test_commands_say_which_other_one_an_experiment_or_folder_is_for(
     attacked: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "small.toml").write_text(POISON)
     (tmp_path / "tiny.toml").write_text(TINY)
-    monkeypatch.chdir(tmp_path)
     for words, expected in (
         (["attack", "small.toml"], "small.toml: attack InterpretationPoisoning: makes a training"),
         (["poison", "tiny.toml"], "tiny.toml: attack ExplanationAwareBackdoors: makes a model"),
@@ -502,7 +497,7 @@ def test_commands_say_which_other_one_an_experiment_or_folder_is_for(
         (["victim", "nowhere"], "folder nowhere: is no poison run"),
         (["poison", "shipped:poisn"], "there is none of that name; did you mean 'poison'?"),
     ):
-        assert expected in mistake(words, capsys, monkeypatch)
+        assert expected in one_sentence(call(*words, folder=tmp_path))
     assert not (tmp_path / "runs").exists()
 
 
@@ -545,12 +540,9 @@ def test_a_wrong_setting_of_many_runs_is_named(
     tmp_path: Path,
     words: list[object],
     expected: str,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "tiny.toml").write_text(TINY)
-    monkeypatch.chdir(tmp_path)
-    told = mistake(["attack", "tiny.toml", *words], capsys, monkeypatch)
+    told = one_sentence(call("attack", "tiny.toml", *words, folder=tmp_path))
     assert re.search(expected, told), told
     assert not (tmp_path / "runs").exists()
 
