@@ -110,6 +110,12 @@ def test_seeds_multiply_the_cells() -> None:
     assert names(chosen) == {"table1": ["one, seed 3", "one, seed 5"]}
 
 
+def test_a_table_must_be_able_to_do_all_that_is_asked() -> None:
+    tables = (TABLE, replace(TABLE, name="table2", small=True), replace(TABLE, name="table3"))
+    chosen = choose(replace(PAPER, tables=tables), Plan(small=True, seeds=(1,)), row="one")
+    assert names(chosen) == {"table2": ["one, seed 1"]}
+
+
 @pytest.mark.parametrize(
     ("plan", "asked", "words"),
     [

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -152,14 +153,14 @@ def choose(
     tables = [t for t in paper.tables if table is None or fnmatchcase(t.name, table)]
     if not tables:
         raise _unknown(f"{paper.name} table {table!r}", str(table), [t.name for t in paper.tables])
-    for asked, what, able in (
-        (plan.small, "cannot be had in small", [t for t in tables if t.small]),
-        (plan.images is not None, "looks at all images", [t for t in tables if t.images]),
-        (plan.seeds is not None, "has one seed only", [t for t in tables if t.seeded]),
+    for asked, able, what in (
+        (plan.small, attrgetter("small"), "cannot be had in small"),
+        (plan.images is not None, attrgetter("images"), "looks at all images"),
+        (plan.seeds is not None, attrgetter("seeded"), "has one seed only"),
     ):
-        if asked and not able:
+        if asked and not any(map(able, tables)):
             raise InputError(f"{paper.name} {', '.join(t.name for t in tables)}: {what}")
-        tables = able if asked else tables
+        tables = [t for t in tables if able(t)] if asked else tables
     every = {t.name: list(t.cells(plan)) for t in tables}
     chosen = {name: [c for c in cells if _chosen(c, row)] for name, cells in every.items()}
     if row is not None and not any(chosen.values()):
