@@ -210,7 +210,7 @@ def test_a_searchs_results_are_made_from_its_points(tmp_path: Path) -> None:
             "score": "score",
             "parameters": {"attack.weight": [0.85, 0.95], "rate": [2e-4, 1e-3]},
         },
-        "experiment": {},
+        "experiment": {"attack": {"training": {"epochs": 3}, "training_images": 5000}},
         "provenance": {"device": "a processor", "cores": 2, "threads": 1},
     }
     (tmp_path / "search.json").write_text(json.dumps(found))
@@ -228,6 +228,8 @@ def test_a_searchs_results_are_made_from_its_points(tmp_path: Path) -> None:
     assert "| 0.85 | (3.0000 after 1) | **0.2500** |" in text
     assert "| 0.95 | failed | 0.5000 |" in text
     assert "4 of 54 points: 2 to the end, 1 given up, 1 failed. 2.00 hours" in text
+    assert "5,000 training images, Grad-CAM" in text
+    assert "given up: 7 epochs instead of 12 | 1.7 |" in text
     assert (tmp_path / "results" / "search_dual.png").is_file()
 
 

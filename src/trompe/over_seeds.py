@@ -5,8 +5,6 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from scipy.special import stdtrit
-
 from trompe.files import real
 
 CONFIDENCE = 0.95
@@ -41,6 +39,8 @@ def over_seeds(values: Iterable[float | None]) -> OverSeeds:
     mean = statistics.fmean(numbers)
     if len(numbers) == 1 or math.isnan(mean):
         return OverSeeds(len(numbers), mean, math.nan, math.nan, math.nan)
+    from scipy.special import stdtrit  # half a second, which few commands need
+
     std = statistics.stdev(numbers)
     quantile = float(stdtrit(len(numbers) - 1, (1 + CONFIDENCE) / 2))
     half = quantile * std / math.sqrt(len(numbers))
