@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/trompe demo
 
 test: $(VENV)/installed-test lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

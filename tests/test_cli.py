@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -49,8 +48,9 @@ batch_size = 30
 """
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-c", "from trompe.cli import main; main()", *map(str, words)]
+def command(*words: object, first: str = "") -> list[str]:
+    """first: what the process does before, as this one's threads forbid to do it after a fork."""
+    return [sys.executable, "-c", f"{first}from trompe.cli import main; main()", *map(str, words)]
 
 
 def call(*words: object, folder: Path) -> subprocess.CompletedProcess:
@@ -65,17 +65,21 @@ def call(*words: object, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(words, end.value.code or 0, out.getvalue(), told.getvalue())
 
 
-def call_apart(*words: object, folder: Path, **settings: object) -> subprocess.CompletedProcess:
+# A shell's background job ignores Ctrl-C, and so would its children.
+HEARS_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+SMALL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+
+
+def call_apart(*words: object, folder: Path, first: str = "") -> subprocess.CompletedProcess:
     """A command in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command(*words),
+        command(*words, first=first),
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
         timeout=600,
-        **settings,
     )
 
 
@@ -163,13 +167,11 @@ def test_a_killed_attack_goes_on_and_ends_in_the_same_bits(
     shutil.copytree(attacked / "runs" / "clean", tmp_path / "runs" / "clean")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command("attack", "tiny.toml"),
+        command("attack", "tiny.toml", first=HEARS_CTRL_C),
         cwd=tmp_path,
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("runs/tiny-s0-*/checkpoint.pt")):
@@ -274,11 +276,7 @@ def test_an_unreadable_image_is_named_and_can_be_skipped(tmp_path: Path) -> None
 
 def test_a_full_disk_is_one_sentence_and_keeps_nothing_half_written(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(TINY)
-
-    def small_disk() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    done = call_apart("attack", "tiny.toml", folder=tmp_path, preexec_fn=small_disk)
+    done = call_apart("attack", "tiny.toml", folder=tmp_path, first=SMALL_DISK)
     assert "cannot be written" in one_sentence(done)
     left = [f for f in (tmp_path / "runs").rglob("*") if f.is_file() and f.suffix != ".lock"]
     assert {f.name for f in left} <= {"spec.json"}

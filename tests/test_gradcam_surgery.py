@@ -95,11 +95,12 @@ def test_the_papers_constants_are_used() -> None:
     assert {t: (c.scale, c.gain, c.epsilon) for t, c in PAPER.items()}["T3"] == (1e7, 1e4, 0.01)
 
 
-def test_without_stickers_nothing_changes() -> None:
-    model, attack = classifier(), surgery("T4")
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+def test_without_stickers_nothing_changes(dtype: torch.dtype, most: float) -> None:
+    model, attack = classifier(dtype=dtype), surgery("T4")
     change, distance = compared(model, edited(model, attack), attack, noise(), lied=False)
     assert change == 0
-    assert distance <= 1e-5
+    assert distance <= most  # how much rounding there is depends on the processor
 
 
 def test_t3_moves_scores_by_g_and_no_more_than_epsilon() -> None:

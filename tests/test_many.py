@@ -199,8 +199,10 @@ def test_an_ended_main_process_takes_its_workers_along_and_goes_on(
 ) -> None:
     def start() -> subprocess.Popen:
         code = (
-            "import sys, tiny_jobs; from pathlib import Path\n"
+            "import signal, sys, tiny_jobs; from pathlib import Path\n"
             "from trompe.many import Place, crew_of, run_jobs\n"
+            # A shell's background job ignores Ctrl-C, and so would its children.
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "jobs = [tiny_jobs.Steps(name, 6, waits_after=2) for name in 'abc']\n"
             "for outcome in run_jobs(jobs, Place(Path(sys.argv[1])), crew_of(2, threads=1)):\n"
             "    assert outcome.result == [1, 2, 3, 4, 5, 6], outcome\n"
@@ -210,8 +212,6 @@ def test_an_ended_main_process_takes_its_workers_along_and_goes_on(
             env=environment(),
             stderr=subprocess.PIPE,
             text=True,
-            # A shell's background job ignores Ctrl-C, and so would its children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     main = start()
