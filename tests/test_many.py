@@ -17,7 +17,17 @@ import psutil
 import pytest
 import torch
 
-from tiny_jobs import DiesAtOnce, Marked, Raises, Steps, Unfit, Untravelled, Where, written
+from tiny_jobs import (
+    DiesAtOnce,
+    DiesWithItsResult,
+    Marked,
+    Raises,
+    Steps,
+    Unfit,
+    Untravelled,
+    Where,
+    written,
+)
 from trompe import cluster
 from trompe.experiment import AttackJob
 from trompe.interfaces import InputError, TrompeError
@@ -396,6 +406,24 @@ def test_a_cluster_survives_its_workers(tmp_path: Path, dask: Dask) -> None:
     assert found["d"].error == "weight = 7: must lie in 0..1"
     assert found["e"].error == ""
     assert (Path(found["tiny-s0"].result) / "numbers.json").exists()
+
+
+def test_a_result_that_was_lost_and_cannot_be_had_again_is_told(
+    tmp_path: Path, dask: Dask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Futures of Dask's own executor never end then (distributed 2026.8.0)."""
+    monkeypatch.setattr(cluster, "VERDICTS", 1)
+    dask.start_worker()
+    place, jobs = Place(tmp_path), [DiesWithItsResult("a")]
+    found: list[Outcome] = []
+    plan = threading.Thread(
+        target=lambda: found.extend(run_jobs(jobs, place, crew_of(scheduler=dask.address))),
+        daemon=True,
+    )
+    plan.start()
+    plan.join(180)
+    assert not plan.is_alive()
+    assert "workers that ran it died, one after the other" in found[0].error
 
 
 def test_a_plan_survives_a_restart_of_the_scheduler(tmp_path: Path, dask: Dask) -> None:

@@ -1,6 +1,10 @@
 """Seats for jobs on a Dask cluster that somebody else started (docs/cluster.md).
 
 `distributed` is an optional dependency: pip install 'trompe[cluster]'.
+
+Dask's own futures are waited for, not those of its `Client.get_executor`: if a result is lost with
+its worker, and its work is then given up, the executor's future never ends (distributed 2026.8.0:
+an exception of `Future._result` is lost in `_cascade_future`).
 """
 
 import contextlib
@@ -8,7 +12,7 @@ import importlib
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from typing import Any
 
 from trompe.interfaces import InputError, TrompeError
@@ -46,7 +50,7 @@ class Cluster:
     def __init__(self, address: str, gpus: bool, screen: Screen) -> None:
         self._dask, self._address, self._gpus = require_dask(address), address, gpus
         self._connecting, self._left = threading.Lock(), False
-        self._futures = set[Future[Any]]()
+        self._futures = set[Any]()
         try:
             self._client = self._connect(ANSWERS_WITHIN)
         except (OSError, ValueError) as error:
@@ -83,10 +87,8 @@ class Cluster:
         """work(), called by a worker. Raises Unreachable if the scheduler is gone for good."""
         verdicts = 0
         while True:
-            executor = self._connected().get_executor(
-                pure=False, resources=GPU if self._gpus else None
-            )
-            future = executor.submit(work)
+            resources = GPU if self._gpus else None
+            future = self._connected().submit(work, pure=False, resources=resources)
             self._futures.add(future)
             if self._left:  # since it was handed in
                 future.cancel()

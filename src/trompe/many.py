@@ -6,9 +6,9 @@
 | `crew_of(workers=4)`              | in processes of this machine (processes.py)                |
 | `crew_of(scheduler="tcp://...")`  | on the workers of a Dask cluster (cluster.py)              |
 
-Both of the latter are the standard library's `concurrent.futures.Executor` underneath: whatever has
-one can run jobs. What is shared is here: jobs are taken when there is a seat, each ends in an
-`Outcome`, none stops another.
+The seam is `Seats`: a thread for each job hands it in and waits for its future, the standard
+library's or Dask's, which is made after it. What is shared is here: jobs are taken when there is a
+seat, each ends in an `Outcome`, none stops another.
 """
 
 import functools
