@@ -218,10 +218,13 @@ class InterpretationPoisoning:
 
         Only the poisons' own loss depends on them, so the clean half of the batch is left out.
         """
-        features = _encoded(networks, poisons).requires_grad_()
-        here = _poison_gradient(networks, networks.now, features, targets)
-        there = _poison_gradient(networks, ahead, features, targets)
-        delta = _decoded(networks, -(there - here), poisons)
+        delta = torch.cat(
+            [
+                _loss_difference(networks, ahead, some, targets)
+                for some in poisons.split(_together(networks, poisons), 1)
+            ],
+            1,
+        )
         if self.stay_close and not self.literal:
             wanted = torch.stack([t.sample for t in targets])
             delta = delta - self.stay_close * 2 * (poisons - wanted)  # of lambda_1 |P - T|^2
@@ -267,6 +270,22 @@ def _look_ahead(parameters: Parameters, loss: Tensor, alpha: float) -> Parameter
     }
 
 
+def _loss_difference(
+    networks: Lockstep, ahead: Parameters, poisons: Tensor, targets: Sequence[Target]
+) -> Tensor:
+    """-(d L_train / d X at Theta* - at Theta) of few poisons: their way through the frozen part
+
+    is remembered, which would be too much of many.
+    """
+    samples = poisons.detach().requires_grad_()
+    features = networks.encode(samples.flatten(0, 1)).unflatten(0, poisons.shape[:2])
+    taken = features.detach().requires_grad_()  # by the part that is trained
+    here = _poison_gradient(networks, networks.now, taken, targets)
+    there = _poison_gradient(networks, ahead, taken, targets)
+    (delta,) = torch.autograd.grad(features, samples, -(there - here))
+    return delta
+
+
 def _poison_gradient(
     networks: Lockstep, parameters: Parameters, features: Tensor, targets: Sequence[Target]
 ) -> Tensor:
@@ -290,20 +309,9 @@ def _encoded(networks: Lockstep, poisons: Tensor) -> Tensor:
     return torch.cat(parts).unflatten(0, poisons.shape[:2])
 
 
-def _decoded(networks: Lockstep, gradient: Tensor, poisons: Tensor) -> Tensor:
-    """A gradient with respect to `_encoded` poisons, as one with respect to the poisons.
-
-    The frozen part is run again, a few samples at a time: of all its outputs would be too many.
-    """
-    if networks.frozen_until is None:
-        return gradient
-    parts = []
-    for some, theirs in zip(
-        poisons.flatten(0, 1).split(_AT_ONCE), gradient.flatten(0, 1).split(_AT_ONCE), strict=True
-    ):
-        samples = some.detach().requires_grad_()
-        parts += torch.autograd.grad(networks.encode(samples), samples, theirs)
-    return torch.cat(parts).view_as(poisons)
+def _together(networks: Lockstep, poisons: Tensor) -> int:
+    """How many poisons of each target are worth going through the frozen part at once."""
+    return poisons.shape[1] if networks.frozen_until is None else -(-_AT_ONCE // len(poisons))
 
 
 def _training_loss(
