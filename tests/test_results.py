@@ -11,6 +11,7 @@ import pytest
 
 from trompe.experiments.fang2020 import tables as fang
 from trompe.experiments.noppel2023 import search as noppel_search
+from trompe.experiments.noppel2023 import tables as noppel
 from trompe.experiments.zhang2021 import tables as zhang
 from trompe.files import put_between
 from trompe.replicating import Paper, Results, page, paper_names, read_causes, read_paper
@@ -43,6 +44,16 @@ def test_table1_has_all_goals_seeds_and_keys() -> None:
     assert goals == {"vanilla", "explanation-preserving", "prediction-preserving", "dual"}
     assert all(len({r["seed"] for r in rows if r["goal"] == goal}) >= 3 for goal in goals)
     assert all(row["provenance"]["commit"] for row in rows)
+
+
+@pytest.mark.parametrize("goal", noppel.FOUND)
+def test_what_is_measured_in_full_is_the_searchs_choice(goal: str) -> None:
+    found = json.loads((TABLE.parent / f"search_{goal}.json").read_text())["rows"]
+    best = min((r for r in found if not r["pruned"]), key=lambda r: r["score"])
+    assert noppel.FOUND[goal] == {
+        "attack.weight": best["lambda"],
+        "attack.training.learning_rate": best["learning_rate"],
+    }
 
 
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.name)

@@ -269,8 +269,8 @@ def searched_markdown(rows: list[Row]) -> str:
         "# Noppel & Wressnegger 2023, Table 1 at the points that the search found best",
         "",
         f"As table1, {len({r['seed'] for r in rows})} seed(s), all training images, with the best "
-        f"settings of the search over 5,000 of them ({'; '.join(chosen)}). Chosen on the first half "
-        "of the test set, measured on the second. Paper's figure in brackets.",
+        f"settings of the search over 5,000 of them ({'; '.join(chosen)}). Chosen on the first "
+        "half of the test set, measured on the second. Paper's figure in brackets.",
         "",
         *goals_table(rows, interval=True),
     ]
