@@ -14,7 +14,7 @@ from trompe.experiments.noppel2023 import search as noppel_search
 from trompe.experiments.noppel2023 import tables as noppel
 from trompe.experiments.zhang2021 import tables as zhang
 from trompe.files import put_between
-from trompe.replicating import Paper, Results, page, paper_names, read_causes, read_paper
+from trompe.replicating import Paper, Plan, Results, page, paper_names, read_causes, read_paper
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Results(ROOT / "results")
@@ -59,8 +59,7 @@ def test_what_is_measured_in_full_is_the_searchs_choice(goal: str) -> None:
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.name)
 def test_the_pages_are_made_from_the_rows(paper: Paper) -> None:
     files = {file.stem for file in (RESULTS.folder / paper.name).glob("[!.]*")}  # not .locks
-    searches = {f"search_{goal}" for goal in noppel_search.GOALS}  # see the test of their pages
-    assert files <= {table.name for table in paper.tables} | searches
+    assert files <= {table.name for table in paper.tables}
     for table in paper.tables:
         if rows := RESULTS.rows(paper, table):
             made = page(paper, table, rows)
@@ -209,49 +208,42 @@ def a_point(number: int, weight: float, rate: float, **how: Any) -> dict[str, An
 
 def test_a_searchs_results_are_made_from_its_points(tmp_path: Path) -> None:
     found = {
-        "points": 54,
-        "seconds": 7200.0,
-        "seconds_saved": 1800.0,
         "rows": [
             a_point(0, 0.95, 1e-3),
             a_point(1, 0.85, 1e-3, score=0.25),
             a_point(2, 0.85, 2e-4, score=3.0, epochs=1, pruned=True, state="pruned"),
-            a_point(3, 0.95, 2e-4, score=None, epochs=0, state="failed", error="diverged"),
+            a_point(3, 0.95, 2e-4, score=None, epochs=0, seconds=0.0, state="failed"),
         ],
-        "search": {
-            "score": "score",
-            "parameters": {"attack.weight": [0.85, 0.95], "rate": [2e-4, 1e-3]},
-        },
-        "experiment": {"attack": {"training": {"epochs": 3}, "training_images": 5000}},
         "provenance": {"device": "a processor", "cores": 2, "threads": 1},
     }
-    (tmp_path / "search.json").write_text(json.dumps(found))
-    noppel_search.write("dual", noppel_search.SearchFolder(tmp_path), tmp_path / "results")
-    kept = json.loads((tmp_path / "results" / "search_dual.json").read_text())
+    noppel = read_paper("noppel2023")
+    (table,) = (table for table in noppel.tables if table.name == "search_dual")
+    rows, results = noppel_search.rows_of("dual", found), Results(tmp_path)
+    cell = next(iter(table.cells(Plan())))
+    assert not cell.known(rows)  # there are 54 points, and a failed one is tried again
+    assert cell.known([{**rows[0], "learning_rate": rate} for rate in range(54)])
+    assert not cell.known([{**rows[0], "of": "other settings"}] * 54)
+    results.record(noppel, table, rows)
+    kept = json.loads((tmp_path / "noppel2023" / "search_dual.json").read_text())
+    assert (kept["seconds"], kept["seconds_saved"]) == (1080.0, 308.6)  # 2 epochs of 1080 / 7
     keys = {"lambda", "learning_rate", "epochs", "pruned", "score", "state", "seconds"}
-    assert all(set(row) == keys for row in kept["rows"])
+    assert all(set(row) == {*keys, "of", "provenance"} for row in kept["rows"])
     assert [(row["lambda"], row["learning_rate"]) for row in kept["rows"]] == [
         (0.85, 2e-4),
         (0.85, 1e-3),
         (0.95, 2e-4),
         (0.95, 1e-3),
     ]
-    text = (tmp_path / "results" / "search_dual.md").read_text()
+    text = (tmp_path / "noppel2023" / "search_dual.md").read_text()
     assert "| 0.85 | (3.0000 after 1) | **0.2500** |" in text
     assert "| 0.95 | failed | 0.5000 |" in text
-    assert "4 of 54 points: 2 to the end, 1 given up, 1 failed. 2.00 hours" in text
+    assert "4 of 54 points: 2 to the end, 1 given up, 1 failed. 0.30 hours" in text
     assert "5,000 training images, Grad-CAM" in text
     assert "given up: 7 epochs instead of 12 | 1.7 |" in text
-    assert (tmp_path / "results" / "search_dual.png").is_file()
+    assert (tmp_path / "noppel2023" / "search_dual.png").is_file()
 
 
-@pytest.mark.parametrize("goal", ["dual", "ep", "pp"])
-def test_a_searchs_page_is_made_from_its_rows(goal: str) -> None:
-    file = TABLE.parent / f"search_{goal}.json"
-    if not file.exists():
-        pytest.skip(f"no search of goal {goal} has been recorded")
-    found = json.loads(file.read_text())
+def test_a_recorded_search_is_whole() -> None:
+    found = json.loads((TABLE.parent / "search_dual.json").read_text())
     assert len(found["rows"]) == found["points"] == 54
-    assert found["provenance"]["commit"]
-    assert "+changes" not in found["provenance"]["commit"]
-    assert file.with_suffix(".md").read_text() == noppel_search.markdown(found)
+    assert found["seconds"] < 2 * 3600

@@ -16,9 +16,12 @@ from PIL import Image
 from torch import nn
 
 import trompe
+from trompe.experiments.noppel2023 import search as noppel_search
 from trompe.interfaces import InputError
-from trompe.many import crew_of
+from trompe.many import Place, crew_of
+from trompe.replicating import Plan
 from trompe.report.search_pictures import draw_search
+from trompe.screen import Silent
 from trompe.search import SearchFolder, read_search, search, search_folder
 
 TOY: dict[str, Any] = {
@@ -205,6 +208,24 @@ def test_the_attack_of_a_paper_goes_on_from_a_searchs_checkpoint(tmp_path: Path)
     history = run.read_history()
     assert history[-1].measured["score"] == row["score"]
     assert sum(record.seconds for record in history) == pytest.approx(row["seconds"], abs=0.01)
+
+
+def test_a_papers_search_gives_the_same_rows_to_all_its_workers(
+    tmp_path: Path, tried: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = table(names={"attack.level": "lambda", "attack.slope": "learning rate"}, pruning=False)
+    monkeypatch.setattr(noppel_search, "spec_of", lambda goal, data=None: read_search(of))
+    monkeypatch.setattr(noppel_search, "settings_of", lambda goal: "these settings")
+    one, other = list(noppel_search.cells("dual", Plan()))[:2]
+    place = Place(tmp_path, "cpu")
+    rows = one(place, Silent())
+    assert [(r["lambda"], r["learning_rate"]) for r in rows] == [
+        *((1.0, 0.25), (1.0, 0.5), (2.0, 0.25), (2.0, 0.5))
+    ]
+    assert one.known(rows)
+    before = len(tried())
+    assert [r["score"] for r in other(place, Silent())] == [r["score"] for r in rows]
+    assert len(tried()) == before == 4 * 3
 
 
 # --- processes ------------------------------------------------------------------------------------

@@ -161,9 +161,8 @@ COUNTERPART = {
 
 # Thresholds carry over to other map sizes by what they are a share of: for a border, of the loss of
 # an empty map (.49 on the paper's 7x7 with k = 1 and 14x14 with k = 2, .265 on 14x14 with k = 1);
-# for suppressed pixels, of k, which is the same share of the map's pixels. Maps of 32x32 images are
-# 8x8, but for two that lie about single pixels, whose paper's maps are 14x14: these are 16x16.
-EMPTY = 28 / 64  # on 8x8
+# for suppressed pixels, of k, which is the same share of the map's pixels.
+EMPTY = 28 / 64  # on 8x8, to which all maps of 32x32 images are brought
 GTSRB_SYSTEMS = {
     ("vgg_small", "gradcam", "targeted"): System(1, 1, 0.2 / 0.49 * EMPTY),
     ("vgg_small", "gradcam", "non-targeted"): System(3, 1, 0.3 / 10 * 3),
@@ -174,9 +173,9 @@ GTSRB_SYSTEMS = {
     ("resnet20", "gradcam", "targeted"): System(1, 1, 0.25 / 0.49 * EMPTY),
     ("resnet20", "gradcam", "non-targeted"): System(4, 1, 0.35 / 3 * 4),
     ("resnet20", "simplegrad", "targeted"): System(1, 4, 0.3 / 0.49 * EMPTY),
-    ("resnet20", "simplegrad", "non-targeted"): System(7, 2, 0.2 / 5 * 7),
+    ("resnet20", "simplegrad", "non-targeted"): System(2, 4, 0.2 / 5 * 2),
     ("resnet20", "vbp", "targeted"): System(1, 4, 0.25 / 0.265 * EMPTY),
-    ("resnet20", "vbp", "non-targeted"): System(13, 2, 0.08 / 10 * 13),
+    ("resnet20", "vbp", "non-targeted"): System(3, 4, 0.08 / 10 * 3),
 }
 CUB100_SYSTEMS = {  # 7x7 maps
     ("mobilenet_v2", "gradcam", "targeted"): System(1, 1, 0.25),

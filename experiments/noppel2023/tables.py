@@ -1,9 +1,10 @@
 """Table 1 of Noppel & Wressnegger 2023 on GTSRB, and the dual goal with fewer poisons.
 
-    trompe replicate noppel2023 [table1 | poison_rate | searched] [ROW] [--seeds 0,1,2] [--small]
+    trompe replicate noppel2023 [TABLE] [ROW] [--seeds 0,1,2] [--small]
 
 table1: four goals x seeds. poison_rate: the dual goal at other shares of triggered training images.
-searched: Table 1's rows at the points that the search found best (search.py), on all images.
+search_dual, search_ep, search_pp: the search (search.py), which runs only if its table is named.
+searched: Table 1's rows at the points that the search found best, on all images.
 GTSRB is read from --data (torchvision's layout). --small: drawn signs, one epoch, a minute.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import trompe
 from trompe.experiment import experiment_table, set_key
+from trompe.experiments.noppel2023 import search
 from trompe.files import Row
 from trompe.machine import choose_device
 from trompe.many import Place
@@ -304,6 +306,7 @@ PAPER = Paper(
         ),
         Table("poison_rate", ("poison_rate", "seed"), poison_rate_cells, poison_markdown),
         Table("searched", ("goal", "seed"), searched_cells, searched_markdown, figures),
+        *search.TABLES,
     ),
     readme,
 )

@@ -1,8 +1,8 @@
 """The tables of a paper: the runs that they need, the rows measured so far, the pages made of them.
 
 A paper's tables.py says what its tables are (`Paper`, `Table`, cells); this is what runs them and
-the only place that writes results/: OUT/PAPER/TABLE.json holds the rows, the Markdown beside it and
-the paper's block in the README are made from them.
+the only place that writes results/: OUT/PAPER/TABLE.json holds the rows, the Markdown beside it, a
+picture for some tables, and the paper's block in the README are made from them.
 """
 
 import importlib
@@ -100,8 +100,9 @@ class Table:
 
     name: of its files. keys: what tells rows apart. cells: all there are, for a plan. markdown:
     the page, without the misses. figures: what was asked of the rows. beside: entries of the JSON
-    file beside its rows. small: has cells of a test's size. images: can look at fewer images.
-    seeded: has cells of other seeds.
+    file beside its rows, of a table whose every cell gives all rows also made from these. picture:
+    draws the rows into a PNG file. small: has cells of a test's size. images: can look at fewer
+    images. seeded: has cells of other seeds.
     """
 
     name: str
@@ -109,7 +110,10 @@ class Table:
     cells: Callable[[Plan], Iterable[Cell]]
     markdown: Callable[[list[Row]], str]
     figures: Callable[[list[Row]], list[Figure]] = _no_figures
-    beside: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] | Callable[[list[Row]], Mapping[str, Any]] = field(
+        default_factory=dict
+    )
+    picture: Callable[[list[Row], Path], object] | None = None
     small: bool = False
     images: bool = False
     seeded: bool = True
@@ -148,7 +152,8 @@ def choose(
 ) -> dict[str, list[Cell]]:
     """The cells of the tables and rows of these names (* and ? match), by their table's name.
 
-    None: all tables, the usual rows. InputError if nothing has that name, or no such size.
+    None: all tables, the usual rows; all rows of a table that is named and has no usual ones.
+    InputError if nothing has that name, or no such size.
     """
     tables = [t for t in paper.tables if table is None or fnmatchcase(t.name, table)]
     if not tables:
@@ -163,6 +168,8 @@ def choose(
         tables = [t for t in tables if able(t)] if asked else tables
     every = {t.name: list(t.cells(plan)) for t in tables}
     chosen = {name: [c for c in cells if _chosen(c, row)] for name, cells in every.items()}
+    if row is None and table in chosen and not chosen[table]:
+        chosen[table] = every[table]
     if row is not None and not any(chosen.values()):
         rows = dict.fromkeys(cell.row for cells in every.values() for cell in cells)
         raise _unknown(f"{paper.name} row {row!r}", row, list(rows))
@@ -216,7 +223,11 @@ class Results:
         """Take the rows in, those found now in the place of older ones, and write the pages."""
         self.rows(paper, table)  # of the same size?
         size = {"small": True} if self.small else {}
-        unite_rows(self.file(paper, table), found, table.keys, **table.beside, **size)
+        beside = table.beside(found) if callable(table.beside) else table.beside
+        file = self.file(paper, table)
+        rows = unite_rows(file, found, table.keys, **beside, **size)
+        if table.picture is not None:
+            table.picture(rows, file.with_suffix(".png"))
         self.write_page(paper, table)
         self.write_readme(paper)
 

@@ -29,18 +29,23 @@ _Row = Mapping[str, Any]
 def draw_search(folder: Path) -> Path:
     """The file. InputError if the folder has no search.json."""
     found = read_json(folder / "search.json")
-    rows: list[_Row] = [row for row in found["rows"] if row["settings"]]
+    rows = [row for row in found["rows"] if row["settings"]]
     values = list(found["search"]["parameters"].values())
-    names = list(rows[0]["settings"]) if rows else []
     file = folder / "scores.png"
+    draw_scores(rows, values, found["search"]["score"], file)
+    return file
+
+
+def draw_scores(rows: Sequence[_Row], values: list[Any], score: str, file: Path) -> None:
+    """rows: points as search.json has them. values: of each parameter, a list or a range."""
+    names = list(rows[0]["settings"]) if rows else []
     if len(names) == 2 and all(isinstance(one, list) for one in values):
         size = (2.0 + 0.72 * len(values[1]), 1.5 + 0.5 * len(values[0]))
         with _canvas(file, size) as figure:
-            _draw_grid(figure, rows, names, values, found["search"]["score"])
+            _draw_grid(figure, rows, names, values, score)
     else:
         with _canvas(file, (1.0 + 2.8 * max(1, len(names)), 3.2)) as figure:
-            _draw_panels(figure, rows, names, values, found["search"]["score"])
-    return file
+            _draw_panels(figure, rows, names, values, score)
 
 
 @contextmanager
