@@ -4,14 +4,14 @@ python benchmarks/draw_signs.py [--out results/benchmarks/draw_signs.json]
 """
 
 import argparse
-import json
-import platform
 import time
 from pathlib import Path
 
 import torch
 
 from trompe.data.signs import CLASS_NAMES, draw
+from trompe.files import write_json
+from trompe.runs import provenance
 
 SIZES = (32, 40, 64)
 THREADS = (1, 2)
@@ -43,9 +43,7 @@ def main() -> None:
         row = {"size": size, "images_per_second": dict(zip(map(str, THREADS), rates, strict=True))}
         rows.append({**row, "two_threads_over_one": rates[1] / rates[0]})
         print(f"{size} x {size}: {rates[0]:.0f}/s on 1 thread, {rates[1]:.0f}/s on 2 threads")
-    result = {"torch": torch.__version__, "machine": platform.machine(), "draw_signs": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args.out, {"rows": rows, "provenance": provenance(torch.device("cpu"))})
 
 
 if __name__ == "__main__":
