@@ -178,6 +178,22 @@ ZHANG_KEYS = {
 }
 
 
+def test_an_unattacked_row_depends_on_an_attack_by_what_it_shows_alone() -> None:
+    rows = RESULTS.rows(read_paper("zhang2021"), zhang.PAPER.tables[0])
+    (row,) = (r for r in rows if (r["attack"], r["interpreter"]) == ("none", "cam"))
+    victims = zhang.read_poisoning(row["settings"]).victims
+    folder = Path(row["settings"]["data"]["root"]).parent
+
+    def known(settings: dict[str, Any]) -> bool:
+        cell = zhang.Cell("none", settings, victims)
+        experiment = zhang.experiment_of("dogs", "cam", cell, folder)
+        return zhang.known("dogs", "cam", cell, experiment, [row])
+
+    assert known({})
+    assert known({"epochs": 7})
+    assert not known({"wanted_map": {"kind": "region", "left": 0.6}})
+
+
 def test_zhangs_rows_are_there() -> None:
     file = ROOT / "results" / "zhang2021" / "table2.json"
     rows = json.loads(file.read_text())["rows"]
