@@ -273,9 +273,9 @@ def _look_ahead(parameters: Parameters, loss: Tensor, alpha: float) -> Parameter
 def _loss_difference(
     networks: Lockstep, ahead: Parameters, poisons: Tensor, targets: Sequence[Target]
 ) -> Tensor:
-    """-(d L_train / d X at Theta* - at Theta) of few poisons: their way through the frozen part
+    """-(d L_train / d X at Theta* - the same at Theta) of few poisons, shaped as these.
 
-    is remembered, which would be too much of many.
+    All that the frozen part does to them is remembered for it: of many that would be too much.
     """
     samples = poisons.detach().requires_grad_()
     features = networks.encode(samples.flatten(0, 1)).unflatten(0, poisons.shape[:2])
