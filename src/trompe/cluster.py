@@ -20,7 +20,8 @@ from trompe.screen import Screen
 
 ANSWERS_WITHIN = 10.0  # seconds: a scheduler that is asked for the first time
 BACK_WITHIN = 300.0  # seconds: one that has answered before, after a restart
-# Dask blames a worker's death on work that only waited there, too: it is believed the second time.
+# Dask blames a worker's death on work that only waited there, too: it is believed the second time,
+# when of all that it has blamed before only this one is at work.
 VERDICTS = 2
 GPU = {"GPU": 1}  # what a worker with a GPU offers: dask worker --resources GPU=1
 
@@ -50,6 +51,7 @@ class Cluster:
     def __init__(self, address: str, gpus: bool, screen: Screen) -> None:
         self._dask, self._address, self._gpus = require_dask(address), address, gpus
         self._connecting, self._left = threading.Lock(), False
+        self._suspects = threading.Lock()
         self._futures = set[Any]()
         try:
             self._client = self._connect(ANSWERS_WITHIN)
@@ -85,7 +87,20 @@ class Cluster:
 
     def run(self, work: Callable[..., Any]) -> Any:
         """work(), called by a worker. Raises Unreachable if the scheduler is gone for good."""
-        verdicts = 0
+        for _ in range(1, VERDICTS):
+            with contextlib.suppress(self._dask.KilledWorker):
+                return self._result(work)
+        with self._suspects:  # without the others, one of which may be who kills
+            try:
+                return self._result(work)
+            except self._dask.KilledWorker as error:
+                raise TrompeError(
+                    "the workers that ran it died, one after the other: killed, or out of "
+                    "memory; the same command goes on with it"
+                ) from error
+
+    def _result(self, work: Callable[..., Any]) -> Any:
+        """Of work that is handed in again whenever the scheduler was gone. Or KilledWorker."""
         while True:
             resources = GPU if self._gpus else None
             future = self._connected().submit(work, pure=False, resources=resources)
@@ -97,13 +112,6 @@ class Cluster:
             except CancelledError:  # the scheduler has gone
                 if self._left:
                     raise TrompeError("interrupted") from None
-            except self._dask.KilledWorker as error:
-                verdicts += 1
-                if verdicts == VERDICTS:
-                    raise TrompeError(
-                        "the workers that ran it died, one after the other: killed, or out of "
-                        "memory; the same command goes on with it"
-                    ) from error
             finally:
                 self._futures.discard(future)
 
