@@ -7,6 +7,7 @@ holds without clipping. Per-image numbers have the shape (n, 1, 1), so that they
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -94,6 +95,16 @@ def blend(below: Tensor, above: Tensor | float, share: Tensor) -> Tensor:
     return below + share * (above - below)
 
 
+def where(happens: Tensor) -> Tensor:
+    """Which images of a chance (n, 1, 1) it happens to: only these need be painted."""
+    return happens.flatten().nonzero().flatten()
+
+
+def paint(light: Tensor, i: Tensor, above: Tensor, share: Tensor) -> Tensor:
+    """`blend` images i of `light` (n, 3, size, size), in place; the rest is given for those."""
+    return light.index_copy_(0, i, blend(light[i], above, share))
+
+
 def edge(distance: Tensor, sharpness: Tensor | float) -> Tensor:
     """0 to 1 across a soft edge at distance 0."""
     return torch.sigmoid(distance * sharpness)
@@ -108,17 +119,25 @@ def grain(dice: Dice, size: int, fields: int) -> Tensor:
     Each image has its own balance of coarse and fine structure.
     """
     steepness = dice.uniform(0.0, 1.1)
-    total, power = torch.zeros(()), torch.zeros(())
+    rows, power = [], torch.zeros(())
     for cells in _OCTAVES:
         if cells > 0.65 * size:  # finer than the pixels
             dice.skip()
             continue
-        lattice = dice.unit(fields, cells, cells) - 0.5
-        # When enlarging, antialias=True changes little but the speed: it works row by row.
-        octave = F.interpolate(lattice, (size, size), mode="bicubic", antialias=True)
         weight = (cells / 3) ** -steepness
-        total, power = total + octave * weight[:, None], power + weight**2
-    return total * (4.5 / power.sqrt())[:, None]
+        power = power + weight**2
+        lattice = (dice.unit(fields, cells, cells) - 0.5) * weight[:, None]
+        rows.append(lattice @ _enlarged(cells, size).T)
+    # Columns of all octaves at once, which adds them up.
+    columns = torch.cat([_enlarged(row.shape[2], size) for row in rows], 1)
+    return (columns @ torch.cat(rows, 2)) * (4.5 / power.sqrt())[:, None]
+
+
+@functools.cache
+def _enlarged(cells: int, size: int) -> Tensor:
+    """Bicubic interpolation of `cells` values to `size` as a matrix (size, cells)."""
+    each = torch.eye(cells)[None, None]
+    return F.interpolate(each, (size, cells), mode="bicubic", antialias=True)[0, 0]
 
 
 # --- the backdrop ----------------------------------------------------------------------------
@@ -152,26 +171,42 @@ def _surface(dice: Dice, kind: Tensor, texture: Tensor, tint: Tensor) -> Tensor:
     return colour * torch.exp(texture[:, None] * swing + tint[:, None] * hues)
 
 
-def _facade(dice: Dice, x: Tensor, y: Tensor) -> Tensor:
-    """Rows of dark windows: 1 where there is one, for a third of the images."""
-    columns = torch.sin(x * dice.uniform(3, 11) + dice.angle())
-    rows = torch.sin(y * dice.uniform(3, 11) + dice.angle())
-    holes = edge(columns - dice.uniform(-0.3, 0.5), 12) * edge(rows - dice.uniform(-0.5, 0.3), 12)
-    return holes * dice.chance(0.33) * dice.uniform(0.3, 0.85)
+def _add_facade(dice: Dice, light: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Rows of dark windows, for a third of the images."""
+    width, left, height, top = (
+        dice.uniform(3, 11),
+        dice.angle(),
+        dice.uniform(3, 11),
+        dice.angle(),
+    )
+    of_columns, of_rows = dice.uniform(-0.3, 0.5), dice.uniform(-0.5, 0.3)
+    i = where(dice.chance(0.33))
+    depth = dice.uniform(0.3, 0.85)
+    columns = torch.sin(x * width[i] + left[i])
+    rows = torch.sin(y * height[i] + top[i])
+    holes = edge(columns - of_columns[i], 12) * edge(rows - of_rows[i], 12)
+    return light.index_copy_(0, i, light[i] * (1 - holes * depth[i])[:, None])
 
 
-def _bar(dice: Dice, x: Tensor, y: Tensor) -> Tensor:
+def _add_bar(dice: Dice, light: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """A straight bar across the frame: a post, branch, wire, kerb or lane marking."""
-    turn = dice.angle()
-    across = (torch.cos(turn) * x + torch.sin(turn) * y - dice.uniform(-1, 1)).abs()
-    return edge(dice.log_uniform(0.02, 0.2) - across, 40)
+    colour = 0.02 + 0.6 * dice.unit(1, 1, 1) ** 3
+    turn, aside, width = dice.angle(), dice.uniform(-1, 1), dice.log_uniform(0.02, 0.2)
+    i = where(dice.chance(0.35))
+    across = (torch.cos(turn[i]) * x + torch.sin(turn[i]) * y - aside[i]).abs()
+    return paint(light, i, colour[i], edge(width[i] - across, 40))
 
 
-def _box(dice: Dice, x: Tensor, y: Tensor) -> Tensor:
+def _add_box(dice: Dice, light: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """An upright rectangle anywhere: a car, a bin, a shop sign, a window."""
-    across = dice.uniform(0.1, 0.5) - (x - dice.uniform(-1.1, 1.1)).abs()
-    along = dice.uniform(0.1, 0.5) - (y - dice.uniform(-1.1, 1.1)).abs()
-    return edge(torch.minimum(across, along), dice.log_uniform(10, 60))
+    colour = dice.unit(1, 1, 1) ** 3 * (0.35 + 0.65 * dice.unit(3, 1, 1) ** 2)
+    width, left = dice.uniform(0.1, 0.5), dice.uniform(-1.1, 1.1)
+    height, top = dice.uniform(0.1, 0.5), dice.uniform(-1.1, 1.1)
+    sharpness = dice.log_uniform(10, 60)
+    i = where(dice.chance(0.3))
+    across = width[i] - (x - left[i]).abs()
+    along = height[i] - (y - top[i]).abs()
+    return paint(light, i, colour[i], edge(torch.minimum(across, along), sharpness[i]))
 
 
 def backdrop(dice: Dice, size: int, backlit: Tensor) -> Tensor:
@@ -182,21 +217,21 @@ def backdrop(dice: Dice, size: int, backlit: Tensor) -> Tensor:
     kind = torch.where(backlit.flatten() > 0, sky, dice.index(len(_SURFACES)))
     far = _surface(dice, kind, far_texture, rough)
     near = _surface(dice, dice.index(len(_SURFACES)), near_texture, rough)
-    near = near * (1 - _facade(dice, x, y))[:, None]
+    near = _add_facade(dice, near, x, y)
 
     # Ground, skylines and house corners: borders are mostly level or upright, ragged or straight.
     turn = dice.index(4)[:, None, None] * (math.pi / 2) + dice.bell(0.2)
     border = torch.cos(turn) * x + torch.sin(turn) * y + dice.uniform(0, 0.5) * rough
     light = blend(far, near, edge(border - dice.uniform(-0.2, 1.2), dice.log_uniform(4, 40)))
 
-    glimpses = edge(near_texture - dice.uniform(0.8, 2.0), 6) * dice.chance(0.35)
-    light = blend(light, _SURFACES[sky][:, :3, None, None], glimpses)
+    density = dice.uniform(0.8, 2.0)
+    i = where(dice.chance(0.35))
+    glimpses = edge(near_texture[i] - density[i], 6)
+    paint(light, i, _SURFACES[sky][i, :3, None, None], glimpses)
     for _ in range(3):
-        paint = dice.unit(1, 1, 1) ** 3 * (0.35 + 0.65 * dice.unit(3, 1, 1) ** 2)
-        light = blend(light, paint, _box(dice, x, y) * dice.chance(0.3))
+        _add_box(dice, light, x, y)
     for _ in range(2):
-        paint = 0.02 + 0.6 * dice.unit(1, 1, 1) ** 3
-        light = blend(light, paint, _bar(dice, x, y) * dice.chance(0.35))
+        _add_bar(dice, light, x, y)
     return light
 
 
@@ -217,41 +252,55 @@ def shade(dice: Dice, size: int, patches: Tensor) -> Tensor:
     x, y = frame(size)
     turn = dice.angle()
     slope = dice.bell(0.2) * (torch.cos(turn) * x + torch.sin(turn) * y)
-    turn = dice.angle()
-    rim = torch.cos(turn) * x + torch.sin(turn) * y + dice.uniform(0, 0.6) * patches
-    shadow = edge(rim - dice.uniform(-0.6, 0.6), dice.log_uniform(4, 25))
-    return torch.exp(slope) * (1 - shadow * dice.uniform(0.3, 0.7) * dice.chance(0.25))
+    light = torch.exp(slope)
+    turn, raggedness, aside = dice.angle(), dice.uniform(0, 0.6), dice.uniform(-0.6, 0.6)
+    sharpness, depth = dice.log_uniform(4, 25), dice.uniform(0.3, 0.7)
+    i = where(dice.chance(0.25))
+    rim = torch.cos(turn[i]) * x + torch.sin(turn[i]) * y + raggedness[i] * patches[i]
+    shadow = edge(rim - aside[i], sharpness[i])
+    return light.index_copy_(0, i, light[i] * (1 - shadow * depth[i]))
 
 
-def sheen(dice: Dice, size: int) -> Tensor:
-    """Sky mirrored in the sheeting (n, size, size), added to the face; seldom there."""
-    x, y = frame(size)
-    reach = (x - dice.uniform(-1, 1)) ** 2 + (y - dice.uniform(-1, 1)) ** 2
-    spot = torch.exp(-reach / dice.uniform(0.2, 1.5) ** 2)
-    return spot * dice.uniform(0.05, 0.35) * dice.chance(0.15)
+def sheen(dice: Dice, face: Tensor, coverage: Tensor) -> Tensor:
+    """Sky mirrored in the sheeting, added to the face; seldom there."""
+    x, y = frame(face.shape[-1])
+    left, top, width = dice.uniform(-1, 1), dice.uniform(-1, 1), dice.uniform(0.2, 1.5)
+    strength = dice.uniform(0.05, 0.35)
+    i = where(dice.chance(0.15))
+    reach = (x - left[i]) ** 2 + (y - top[i]) ** 2
+    spot = torch.exp(-reach / width[i] ** 2) * strength[i]
+    return face.index_copy_(0, i, face[i] + (spot * coverage[i])[:, None])
 
 
-def occluder(dice: Dice, x: Tensor, y: Tensor, ragged: Tensor) -> tuple[Tensor, Tensor]:
-    """A twig or a bush before the sign: coverage (n, size, size) and colour (n, 3, 1, 1).
+def occlude(
+    dice: Dice, light: Tensor, x: Tensor, y: Tensor, ragged: Tensor, shining: Tensor
+) -> Tensor:
+    """A twig or a bush before the sign, in the light that shines on it (n, 1, 1).
 
     x and y are in units of the sign: twigs stay thin and bushes at the rim, so that the symbol
     can always be read.
     """
-    turn = dice.angle()
+    turn, aside, bend = dice.angle(), dice.uniform(-0.9, 0.9), dice.uniform(-0.4, 0.4)
+    width, twig = dice.uniform(0.015, 0.05), dice.chance(0.1)
+    distance, bush = dice.uniform(0.75, 1.0), dice.chance(0.12)
+    colour = _SURFACES[3 + dice.index(4)][:, :3, None, None]
+    i = where(torch.maximum(twig, bush))
+    x, y, turn = x[i], y[i], turn[i]
     along = torch.cos(turn) * x + torch.sin(turn) * y
     across = torch.cos(turn) * y - torch.sin(turn) * x
-    bent = across - dice.uniform(-0.9, 0.9) - dice.uniform(-0.4, 0.4) * along**2
-    twig = edge(dice.uniform(0.015, 0.05) - bent.abs(), 80) * dice.chance(0.1)
-    bush = edge(along - dice.uniform(0.75, 1.0) + 0.08 * ragged, 20) * dice.chance(0.12)
-    colour = _SURFACES[3 + dice.index(4)][:, :3, None, None]
-    return torch.maximum(twig, bush), colour
+    bent = across - aside[i] - bend[i] * along**2
+    by_twig = edge(width[i] - bent.abs(), 80) * twig[i]
+    by_bush = edge(along - distance[i] + 0.08 * ragged[i], 20) * bush[i]
+    lit = colour[i] * shining[i, None]
+    return paint(light, i, lit, torch.maximum(by_twig, by_bush))
 
 
 def haze(dice: Dice, light: Tensor, brightness: Tensor) -> Tensor:
     """Fog or a flare in the lens: contrast lost to an even grey of the given brightness."""
-    share = dice.uniform(0.05, 0.45) * dice.chance(0.15)
+    share = dice.uniform(0.05, 0.45)
+    i = where(dice.chance(0.15))
     grey = brightness.clamp(max=1)[:, None] * (0.3 + 0.05 * dice.unit(3, 1, 1))
-    return light + share[:, None] * (grey - light)
+    return paint(light, i, grey[i], share[i])
 
 
 # --- lens and sensor -------------------------------------------------------------------------
@@ -301,8 +350,19 @@ def _convolve(planes: Tensor, taps: Tensor, dim: int) -> Tensor:
 
 def _sharpen(dice: Dice, picture: Tensor) -> Tensor:
     """The camera's own sharpening, which leaves bright and dark rims along edges."""
-    around = F.avg_pool2d(picture, 3, stride=1, padding=1, count_include_pad=False)
+    around = _neighbours(_neighbours(picture, 3), 2)
     return picture + (picture - around) * dice.uniform(0.0, 1.2)[:, None]
+
+
+def _neighbours(planes: Tensor, dim: int) -> Tensor:
+    """Each pixel's mean with its neighbours along `dim`; at the rim there is one less."""
+    length = planes.shape[dim]
+    total = planes.clone()
+    total.narrow(dim, 1, length - 1).add_(planes.narrow(dim, 0, length - 1))
+    total.narrow(dim, 0, length - 1).add_(planes.narrow(dim, 1, length - 1))
+    counts = torch.full((length,), 3.0)
+    counts[[0, -1]] = 2.0
+    return total.div_(counts if dim == 3 else counts[:, None])
 
 
 def develop(dice: Dice, light: Tensor) -> Tensor:

@@ -95,11 +95,10 @@ def _photograph(labels: Tensor, size: int, dice: photo.Dice) -> tuple[Tensor, Te
     stains, shadows = photo.grain(dice, size, 2).unbind(1)
     face = photo.weather(dice, face, coverage, stains)
     face = face * photo.shade(dice, size, shadows)[:, None]
-    face = face + (photo.sheen(dice, size) * coverage)[:, None]
+    face = photo.sheen(dice, face, coverage)
     light = scene * (1 - coverage)[:, None] + face * exposure.sign[:, None]
 
-    hidden, colour = photo.occluder(dice, x, y, shadows)
-    light = photo.blend(light, colour * exposure.sign[:, None], hidden)
+    light = photo.occlude(dice, light, x, y, shadows, exposure.sign)
     # Glare from a bright scene may drown the sign's contrast, but not all of it.
     glare = torch.maximum(exposure.sign, exposure.scene).minimum(3 * exposure.sign)
     light = photo.haze(dice, light, glare)
@@ -164,12 +163,12 @@ def _hang_on_pole(
     gap = 1.75 + dice.uniform(0, 0.4)
     below = torch.where(side < 3, 1.0, torch.where(side < 5, -1.0, 0.0))[:, None, None]
     beside = (side == 5).float()[:, None, None] * dice.uniform(-1, 1).sign()
-    other, coverage = _hang(
-        stock[dice.index(len(stock))], x - beside * (gap + 0.3), y - below * gap
-    )
-    there = dice.chance(0.35)[:, None]
-    lit = other * exposure.sign[:, None]
-    return scene + there * (lit - scene * coverage[:, None])
+    kind = dice.index(len(stock))
+    i = photo.where(dice.chance(0.35))
+    x, y = x[i] - beside[i] * (gap[i] + 0.3), y[i] - below[i] * gap[i]
+    other, coverage = _hang(stock[kind[i]], x, y)
+    lit, behind = other * exposure.sign[i, None], scene[i]
+    return scene.index_copy_(0, i, behind + (lit - behind * coverage[:, None]))
 
 
 # --- the data set ----------------------------------------------------------------------------
