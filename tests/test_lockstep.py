@@ -266,6 +266,48 @@ def test_a_map_of_the_frozen_part_is_refused(siblings: list[nn.Module]) -> None:
         tails.record(tails.now, torch.rand(K, 1, 3, 10, 8, dtype=torch.float64), ["body.0"])
 
 
+def test_what_is_frozen_takes_a_training_set_once(
+    siblings: list[nn.Module], tiny_net: Callable[..., nn.Module]
+) -> None:
+    floats = [network.float() for network in siblings]
+    images = torch.randint(256, (12, 3, 10, 8), dtype=torch.uint8)
+    data, same, other = (
+        ImageSet(some, torch.arange(12) % 4, ("a", "b", "c", "d"), "noise")
+        for some in (images, images.clone(), 255 - images)
+    )
+    first = encode(Lockstep(floats, frozen_until="body.1"), data)
+    again = encode(Lockstep(floats[:1], frozen_until="body.1"), same)
+    assert first.features.data_ptr() == again.features.data_ptr()  # type: ignore[union-attr]
+    for networks, shown in (
+        (Lockstep(floats, frozen_until="body.1"), other),
+        (Lockstep([tiny_net(norm=True).float()], frozen_until="body.1"), data),
+        (Lockstep(floats, frozen_until="body.0"), data),
+    ):
+        found = encode(networks, shown).floats(slice(12))
+        with torch.no_grad():
+            torch.testing.assert_close(found, networks.encode(shown.floats(slice(12))))
+        assert found.shape != first.floats(slice(12)).shape or not torch.allclose(
+            found, first.floats(slice(12))
+        )
+
+
+def test_frozen_statistics_cost_no_pass_of_their_own(siblings: list[nn.Module]) -> None:
+    tails = Lockstep(siblings, frozen_until="body.1")
+    whole = Lockstep(siblings)
+    ran: list[bool] = []
+    inputs = torch.rand(K, ROWS, 3, 10, 8, dtype=torch.float64)
+    whole.scores(whole.now, inputs)  # folds
+    encoded = tails.encode(inputs.flatten(0, 1))
+    for part in (tails.body, whole.body, whole._fast.part):
+        for module in () if part is None else part.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_hook(lambda m, i, o: ran.append(o is i[0]))
+    torch.testing.assert_close(tails.encode(inputs.flatten(0, 1)), encoded)
+    whole.scores(whole.now, inputs)
+    assert ran
+    assert all(ran)  # BatchNorm hands on what it gets
+
+
 def test_training_a_tail_is_training_with_the_body_frozen(siblings: list[nn.Module]) -> None:
     images = torch.randint(256, (12, 3, 10, 8), dtype=torch.uint8)
     data = ImageSet(images, torch.arange(12) % 4, ("a", "b", "c", "d"), "noise")

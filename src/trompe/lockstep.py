@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trompe.folding import folded_statistics
 from trompe.interfaces import InputError, Pass
+from trompe.maps import full_precision
 from trompe.recording import INPUT
 from trompe.splitting import split
 
@@ -43,12 +46,12 @@ class Lockstep(nn.Module):
             )
         self.frozen_until = frozen_until
         skeleton = copy.deepcopy(networks[0]).eval()
-        self._body: tuple[nn.Module, ...] = ()
+        self._body: _Fast | None = None
         tail: nn.Module = skeleton
         if frozen_until is not None:
             body, tail = split(skeleton, frozen_until)
             _check_same(networks, body, frozen_until)
-            self._body = (copy.deepcopy(body).requires_grad_(False),)
+            self._body = _Fast(copy.deepcopy(body).requires_grad_(False))
         parameters, buffers = (
             {name: torch.stack([_named(network, name) for network in networks]) for name, _ in own}
             for own in (tail.named_parameters(), tail.named_buffers())
@@ -61,8 +64,14 @@ class Lockstep(nn.Module):
         self.count = len(networks)
         # Only its forward() is used; in a tuple, so that its weights are none of this module's.
         self._skeleton = (skeleton, tail)
+        self._fast = _Fast(copy.deepcopy(tail))
         convolutional = any(isinstance(m, nn.Conv1d | nn.Conv2d) for m in self.skeleton.modules())
         self.vectorised = not convolutional if vectorised is None else vectorised
+
+    @property
+    def body(self) -> nn.Module | None:
+        """The frozen part."""
+        return None if self._body is None else self._body.part
 
     @property
     def skeleton(self) -> nn.Module:
@@ -76,9 +85,7 @@ class Lockstep(nn.Module):
 
     def encode(self, inputs: Tensor) -> Tensor:
         """What the part takes that differs between the networks: inputs (n, ...), or features."""
-        for body in self._body:
-            inputs = body(inputs)
-        return inputs
+        return inputs if self._body is None else self._body(inputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Scores of encoded inputs."""
@@ -87,7 +94,13 @@ class Lockstep(nn.Module):
 
     def scores(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Encoded inputs (K, n, ...), each network's own -> scores (K, n, classes)."""
-        return self._run(parameters, inputs, ())[0]
+        if self.vectorised:
+            return self._run(parameters, inputs, ())[0]
+        state = {**parameters, **self.fixed}
+        each = [
+            self._fast(inputs[k], {n: v[k] for n, v in state.items()}) for k in range(len(inputs))
+        ]
+        return torch.stack(each)
 
     def record(
         self, parameters: Mapping[str, Tensor], inputs: Tensor, layers: Iterable[str]
@@ -134,7 +147,7 @@ class Lockstep(nn.Module):
     def _behind(self, layer: str) -> str:
         """The module behind the frozen part whose output is that of `layer`."""
         name, cut = layer, f"{self.frozen_until}."
-        while self._body and cut.startswith(f"{name}."):  # the cut divides this module
+        while self._body is not None and cut.startswith(f"{name}."):  # the cut divides this module
             inner = self.skeleton.get_submodule(name)
             if not isinstance(inner, nn.Sequential) or cut == f"{name}.":
                 break
@@ -179,6 +192,29 @@ def _named(network: nn.Module, name: str) -> Tensor:
     module, _, last = name.rpartition(".")
     value: Tensor = getattr(network.get_submodule(module), last)
     return value.detach()
+
+
+class _Fast:
+    """A part of a network in eval mode, as a CPU runs it fastest: the same function.
+
+    From the first call on, BatchNorm is folded into the convolutions before it.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        self.part = part.to(memory_format=torch.channels_last)
+        self._folded: ExitStack | None = None  # never left
+
+    def __call__(self, inputs: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
+        """With the part's own weights, or those in `state`."""
+        if inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if self._folded is None:
+            self._folded = ExitStack()
+            with torch.autocast(inputs.device.type, enabled=False):  # rounds more than is allowed
+                few = full_precision(inputs[:2].detach())
+                self._folded.enter_context(folded_statistics(self.part, few))
+        outputs: Tensor = torch.func.functional_call(self.part, dict(state or {}), (inputs,))
+        return outputs
 
 
 def _check_same(networks: Sequence[nn.Module], body: nn.Module, layer: str) -> None:

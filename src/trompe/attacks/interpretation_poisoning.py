@@ -40,7 +40,8 @@ from trompe.interfaces import (
     TargetMap,
 )
 from trompe.lockstep import Lockstep, Parameters
-from trompe.maps import squared_error
+from trompe.machine import autocast
+from trompe.maps import full_precision, squared_error
 from trompe.second_derivatives import fast_second_derivatives
 from trompe.train import Training, make_optimizer
 from trompe.victims import RECIPE, Encoded, Start, encode, fresh, train_together
@@ -162,7 +163,8 @@ class InterpretationPoisoning:
                     moved = poisons[:, ours] + gamma * speed[:, ours].sign()  # eq. (11)
                     poisons[:, ours] = moved.clamp(lowest[:, ours], highest[:, ours])
                 # Step 3, lines 11 to 14: where they go.
-                training = _training_loss(networks, encoded, clean, poisons[:, ours], targets)
+                with autocast(self.recipe.precision, poisons.device):
+                    training = _training_loss(networks, encoded, clean, poisons[:, ours], targets)
                 if self.bilevel:
                     optimizer.zero_grad()
                     training.sum().backward()
@@ -335,7 +337,7 @@ def _training_loss(
         ),
         1,
     ).repeat_interleave(each, 0)
-    scores = networks.scores(networks.now, samples)
+    scores = full_precision(networks.scores(networks.now, samples))
     loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none")
     return loss.unflatten(0, labels.shape).mean(1)
 
