@@ -209,6 +209,9 @@ SHARES = {("vgg_small", "joint", "simplegrad"): 3.0}
 # The lie of an input gradient is learnt faster with softplus in ReLU's place, and needs more steps.
 # A step costs more, so there are fewer images.
 FINE_TUNING: dict[tuple[str, str, str], dict[str, Any]] = {
+    ("cub100", "mobilenet_v2", "simplegrad"): {"training": {"epochs": 4}},
+    ("cub100", "mobilenet_v2", "joint"): {"training": {"epochs": 4}},
+} | {
     ("gtsrb", model, what): {
         "training_images": images,
         "training": {
@@ -305,6 +308,9 @@ def experiment_of(row: Attack) -> trompe.Experiment:
     """The base experiment of the setting with the row's own settings."""
     table = experiment_table(BASE[row.setting])
     table["data"]["root"] = str(row.plan.data)
+    if row.setting == "cub100":
+        weights = Path(table["model"]["weights"]).name
+        table["model"]["weights"] = str(row.plan.data / "weights" / weights)
     systems = SYSTEMS[row.setting]
     what = row.what
     attack = {
