@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from trompe.attacks._bases import choose_bases
-from trompe.attacks.interpretation_poisoning import InterpretationPoisoning
+from trompe.attacks.interpretation_poisoning import InterpretationPoisoning, _as_adam_steps
 from trompe.explainers.cam import Cam
 from trompe.explainers.input_gradient import InputGradient
 from trompe.interfaces import Explainer, InputError, PoisonSet, TableSet, Target
+from trompe.lockstep import Lockstep
 from trompe.models.mlp import mlp
 from trompe.target_maps.reference import Reference
-from trompe.train import Training
+from trompe.train import Training, make_optimizer
 from trompe.victims import fresh
 
 GRADIENT = InputGradient("probability", normalise="min-max")
@@ -316,6 +317,40 @@ def test_a_model_that_starts_anew_has_no_momentum(
                 squares = kept["optimizer"]["state"][p]["exp_avg_sq"][number]
                 torch.testing.assert_close(squares, 1e-3 * (10 * buffer[number]) ** 2)
         assert old[0].any() or p == 0
+
+
+def test_preconditioned_looks_where_adam_goes() -> None:
+    """Each network's own gradient over the root of Adam's running squares, as long as before."""
+    networks = [mlp(3, 5, hidden=6).double().eval() for _ in range(2)]
+    stacked = Lockstep(networks)
+    how = dataclasses.replace(SGD, optimizer="adam", learning_rate=0.01, weight_decay=0.0)
+    together = make_optimizer(stacked, how)
+    for value in stacked.parameters():
+        value.grad = torch.randn_like(value)
+    given = {name: torch.randn_like(value) for name, value in stacked.now.items()}
+    assert _as_adam_steps(given, stacked, together) is given  # Adam knows nothing yet
+    # After one step the running mean of squares is a thousandth of the square.
+    before = {n: 1e-3 * stacked.leaf(n).grad.square() for n in given}  # type: ignore[union-attr]
+    together.step()
+    found = _as_adam_steps(given, stacked, together)
+    for k in range(2):
+        wanted = {n: g[k] / (before[n][k].sqrt() + how.adam_epsilon) for n, g in given.items()}
+        lengths = [
+            torch.cat([v.flatten() for v in one.values()]).norm()
+            for one in ({n: g[k] for n, g in given.items()}, wanted)
+        ]
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name][k], value * lengths[0] / lengths[1])
+
+
+def test_preconditioned_makes_other_poisons(model: nn.Module, rows: TableSet) -> None:
+    recipe = dataclasses.replace(SGD, optimizer="adam", learning_rate=0.01, batch_size=10)
+    plain, scaled = (
+        crafted(attack_with(recipe=recipe, preconditioned=p), model, rows) for p in (False, True)
+    )
+    assert not torch.equal(plain[0].samples, scaled[0].samples)
+    with pytest.raises(InputError, match=r'preconditioned = true with recipe\.optimizer = "sgd"'):
+        attack_with(preconditioned=True)
 
 
 def test_columns_that_are_no_numbers_can_be_left_alone(model: nn.Module, rows: TableSet) -> None:

@@ -83,6 +83,11 @@ class Lockstep(nn.Module):
         """The parameters as they are, by the networks' names."""
         return {name.replace("/", "."): value for name, value in self.stacked.items()}
 
+    def leaf(self, name: str) -> nn.Parameter:
+        """What an optimizer knows as the stacked parameter of that name."""
+        leaf: nn.Parameter = self.stacked[name.replace(".", "/")]
+        return leaf
+
     def encode(self, inputs: Tensor) -> Tensor:
         """What the part takes that differs between the networks: inputs (n, ...), or features."""
         return inputs if self._body is None else self._body(inputs)

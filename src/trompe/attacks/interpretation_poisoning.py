@@ -9,7 +9,7 @@ explain one chosen sample T as the adversary likes. Models and samples are updat
 | CAM, eqs. (2) and (3)                            | explainers/cam.py                       |
 | L_adv, eq. (5): first and third term             | `_adversarial_loss`                     |
 | its second term, lambda_1 (P - T)^2              | `_direction`, unless `literal`          |
-| step 1, the ideal update, eqs. (6) and (12)      | `_look_ahead`                           |
+| step 1, the ideal update, eqs. (6) and (12)      | `_gradients`, `_look_ahead`             |
 | step 2, delta_X, eqs. (7) to (10), (13)          | `_direction`                            |
 | X_p <- X_p + gamma delta_X, eq. (11); projection | `__call__`, `feasible` in _bases.py     |
 | step 3, one honest step, eq. (14)                | `__call__`, `_training_loss`            |
@@ -68,8 +68,10 @@ class InterpretationPoisoning:
     suit every age of a victim; None: never (the paper).
     distance: of maps in L_adv: "squared" (the paper), or "share": that of the map which is not
     where it is wanted, whatever its scale.
-    look_ahead: alpha of eq. (12). step: gamma, of the sign of delta_X; None: epsilon / 10. It
-    falls to 0 over the epochs if `anneal`.
+    look_ahead: alpha of eq. (12). preconditioned: look where Adam would go, by which victims are
+    trained, as far away as the gradient reaches; the paper goes along the gradient.
+    step: gamma, of the sign of delta_X; None: epsilon / 10. It falls to 0 over the epochs if
+    `anneal`.
     momentum: of delta_X. keep_class, stay_close: lambda_2, lambda_1. literal: leave out
     lambda_1's term, which as the paper writes it acts on nothing. bilevel: False leaves the models
     as they are (no step 3), as if they were not trained again.
@@ -90,6 +92,7 @@ class InterpretationPoisoning:
     lifetime: int | None = None
     distance: Distance = "squared"
     look_ahead: float = 1e-3
+    preconditioned: bool = False
     step: float | None = None
     anneal: bool = True
     momentum: float = 0.0
@@ -108,6 +111,11 @@ class InterpretationPoisoning:
         for name in ("models", "epochs", "lifetime"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} = {value}: must be at least 1")
+        if self.preconditioned and self.recipe.optimizer != "adam":
+            raise InputError(
+                f'preconditioned = true with recipe.optimizer = "{self.recipe.optimizer}": only '
+                'Adam scales each weight\'s step; set one to false, or the other to "adam"'
+            )
 
     def __call__(
         self,
@@ -155,7 +163,10 @@ class InterpretationPoisoning:
                 # Step 1, lines 5 to 8: where the models ought to go.
                 with _fast(networks):
                     adversarial = self._adversarial_loss(networks, targets)
-                    ahead = _look_ahead(networks.now, adversarial, self.look_ahead)  # eq. (12)
+                    gradients = _gradients(networks.now, adversarial)
+                    if self.preconditioned:
+                        gradients = _as_adam_steps(gradients, networks, optimizer)
+                    ahead = _look_ahead(networks.now, gradients, self.look_ahead)  # eq. (12)
                 # Step 2, lines 9 and 10: poisons that lead them there.
                 if len(ours):
                     delta = self._direction(networks, ahead, poisons[:, ours], targets)  # eq. (13)
@@ -263,13 +274,35 @@ def _fast(networks: Lockstep) -> AbstractContextManager[None]:
     return nullcontext() if networks.vectorised else fast_second_derivatives()
 
 
-def _look_ahead(parameters: Parameters, loss: Tensor, alpha: float) -> Parameters:
-    """Theta* = Theta - alpha grad L_adv, eq. (12); `parameters` stay as they are."""
-    gradients = torch.autograd.grad(loss.sum(), list(parameters.values()), materialize_grads=True)
-    return {
-        name: (value - alpha * gradient).detach()
-        for (name, value), gradient in zip(parameters.items(), gradients, strict=True)
+def _gradients(parameters: Parameters, loss: Tensor) -> Parameters:
+    """Of each network's loss with respect to its parameters."""
+    found = torch.autograd.grad(loss.sum(), list(parameters.values()), materialize_grads=True)
+    return dict(zip(parameters, found, strict=True))
+
+
+def _as_adam_steps(
+    gradients: Parameters, networks: Lockstep, optimizer: torch.optim.Optimizer
+) -> Parameters:
+    """Each network's gradient in the direction in which Adam would go, as long as it was."""
+    if not optimizer.state:  # no step was taken yet
+        return gradients
+    epsilon = optimizer.param_groups[0]["eps"]
+    scaled = {
+        name: gradient / (optimizer.state[networks.leaf(name)]["exp_avg_sq"].sqrt() + epsilon)
+        for name, gradient in gradients.items()
     }
+    longer = _lengths(gradients) / _lengths(scaled).clamp_min(1e-12)  # (networks,)
+    return {n: longer.view(-1, *[1] * (v.ndim - 1)) * v for n, v in scaled.items()}
+
+
+def _lengths(parameters: Parameters) -> Tensor:
+    """Of each network's parameters as one vector, (networks,)."""
+    return torch.stack([v.flatten(1).square().sum(1) for v in parameters.values()]).sum(0).sqrt()
+
+
+def _look_ahead(parameters: Parameters, gradients: Parameters, alpha: float) -> Parameters:
+    """Theta* = Theta - alpha grad L_adv, eq. (12); `parameters` stay as they are."""
+    return {name: (value - alpha * gradients[name]).detach() for name, value in parameters.items()}
 
 
 def _loss_difference(
