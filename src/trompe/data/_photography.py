@@ -88,11 +88,9 @@ def frame(size: int) -> tuple[Tensor, Tensor]:
     return x[None], y[None]
 
 
-def blend(below: Tensor, above: Tensor | float, share: Tensor) -> Tensor:
-    """Planes or colours mixed by `share` (n, size, size) of `above`."""
-    if below.dim() == 4:
-        share = share[:, None]
-    return below + share * (above - below)
+def blend(below: Tensor, above: Tensor, share: Tensor) -> Tensor:
+    """Light (n, 3, size, size) mixed by `share` (n, size, size) of `above`."""
+    return below.lerp(above, share[:, None])
 
 
 def where(happens: Tensor) -> Tensor:
@@ -240,9 +238,10 @@ def backdrop(dice: Dice, size: int, backlit: Tensor) -> Tensor:
 
 def weather(dice: Dice, face: Tensor, coverage: Tensor, stains: Tensor) -> Tensor:
     """An aged sign face: bleached colours and dirt; `face` is premultiplied by `coverage`."""
-    grey = face.mean(1, keepdim=True)
-    bleached = (0.5 * grey + 0.25 * coverage[:, None] - face) * dice.uniform(0, 0.5)[:, None]
-    face = face + bleached * dice.chance(0.2)[:, None]
+    fading = dice.uniform(0, 0.5)
+    i = where(dice.chance(0.2))
+    pale = 0.5 * face[i].mean(1, keepdim=True) + 0.25 * coverage[i, None]
+    face = paint(face.contiguous(), i, pale, fading[i])
     dirt = edge(stains - dice.uniform(-0.5, 2.0), 2.5) * dice.uniform(0, 0.5)
     return face * (1 - dirt)[:, None]
 
@@ -351,7 +350,7 @@ def _convolve(planes: Tensor, taps: Tensor, dim: int) -> Tensor:
 def _sharpen(dice: Dice, picture: Tensor) -> Tensor:
     """The camera's own sharpening, which leaves bright and dark rims along edges."""
     around = _neighbours(_neighbours(picture, 3), 2)
-    return picture + (picture - around) * dice.uniform(0.0, 1.2)[:, None]
+    return picture.lerp(around, -dice.uniform(0.0, 1.2)[:, None])
 
 
 def _neighbours(planes: Tensor, dim: int) -> Tensor:
@@ -373,6 +372,6 @@ def develop(dice: Dice, light: Tensor) -> Tensor:
     picture = _sharpen(dice, picture)
     black = dice.uniform(0.0, 0.045)[:, None] + 0.02 * dice.unit(3, 1, 1)  # the dark level
     strength = dice.log_uniform(0.003, 0.015)[:, None]
-    picture = black + (1 - black) * picture
+    picture.mul_(1 - black).add_(black)
     picture.addcmul_(dice.noise(*picture.shape[1:]), strength)
     return (picture * 255).round_().clamp_(0, 255).to(torch.uint8)
