@@ -100,8 +100,35 @@ def test_without_it_the_second_derivative_is_zero() -> None:
     assert not torch.equal(curved, second)
 
 
+RELU6S: dict[str, Callable[[Tensor], Tensor]] = {
+    "nn.ReLU6": nn.ReLU6(),
+    "nn.ReLU6 in place": nn.ReLU6(inplace=True),
+    "F.relu6": F.relu6,
+    "F.relu6 in place": lambda x: F.relu6(x, True),
+    "F.hardtanh": lambda x: F.hardtanh(x, 0.0, max_val=6.0),
+    "F.hardtanh_": lambda x: F.hardtanh_(x, 0.0, 6.0),
+}
+
+
+@pytest.mark.parametrize("name", RELU6S)
+def test_relu6_is_smoothed_at_both_ends(name: str) -> None:
+    x = torch.linspace(-2, 8, 11, dtype=torch.float64, requires_grad=True)
+    with softplus(3):
+        y = RELU6S[name](x * 1)
+    expected = [
+        (math.log1p(math.exp(3 * v)) - math.log1p(math.exp(3 * (v - 6)))) / 3 for v in range(-2, 9)
+    ]
+    assert y.tolist() == pytest.approx(expected)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    low, high = torch.sigmoid(3 * x.detach()), torch.sigmoid(3 * (x.detach() - 6))
+    torch.testing.assert_close(first.detach(), low - high)
+    torch.testing.assert_close(second, 3 * (low * (1 - low) - high * (1 - high)))
+    assert RELU6S[name](x * 1).tolist() == pytest.approx([min(max(v, 0), 6) for v in range(-2, 9)])
+
+
 def test_other_activations_stay() -> None:
-    for activation in (nn.ReLU6(), nn.LeakyReLU(), nn.GELU(), nn.Tanh()):
+    for activation in (nn.Hardtanh(), nn.LeakyReLU(), nn.GELU(), nn.Tanh()):
         with softplus(8):
             inside = activation(VALUES)
         assert torch.equal(inside, activation(VALUES))

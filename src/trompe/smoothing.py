@@ -12,6 +12,7 @@ from trompe.interfaces import InputError
 
 _IN_PLACE = {F.relu_, torch.relu_, torch.Tensor.relu_}
 _RELUS = {F.relu, torch.relu, torch.Tensor.relu} | _IN_PLACE
+_CUT = {F.relu6, F.hardtanh, F.hardtanh_}  # ReLU6 is a hardtanh from 0 to 6
 
 
 class softplus(TorchFunctionMode):  # noqa: N801  (reads as a verb: `with softplus(8): model(x)`)
@@ -19,7 +20,8 @@ class softplus(TorchFunctionMode):  # noqa: N801  (reads as a verb: `with softpl
 
     softplus(x) = log(1 + exp(beta x)) / beta; beta > 0, larger is closer to ReLU (Dombrowski et
     al. 2019; the second derivative of ReLU is zero, so gradient maps need it while training).
-    Works on any model as it calls, so nothing needs restoring. ReLU6 and others stay as they are.
+    Works on any model as it calls, so nothing needs restoring. ReLU6, of MobileNets, is relu(x) -
+    relu(x - 6) and computes softplus(x) - softplus(x - 6); other activations stay as they are.
     """
 
     def __init__(self, beta: float) -> None:
@@ -36,6 +38,8 @@ class softplus(TorchFunctionMode):  # noqa: N801  (reads as a verb: `with softpl
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _CUT:
+            return self._cut(func, *args, **kwargs)
         if func not in _RELUS:
             return func(*args, **kwargs)
         given = args[0] if args else kwargs["input"]
@@ -43,6 +47,19 @@ class softplus(TorchFunctionMode):  # noqa: N801  (reads as a verb: `with softpl
         if func in _IN_PLACE or inplace:  # the model may go on with what it gave
             return given.copy_(_smooth(given.clone(), self.beta))
         return _smooth(given, self.beta)
+
+    def _cut(self, func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = ("inplace",) if func is F.relu6 else ("min_val", "max_val", "inplace")
+        how = {**dict(zip(names, args, strict=False)), **kwargs}
+        lowest, highest = how.get("min_val", -1.0), how.get("max_val", 1.0)
+        if func is F.relu6:
+            lowest, highest = 0.0, 6.0
+        if lowest != 0:
+            kept: Tensor = func(input, *args, **kwargs)
+            return kept
+        given = input.clone() if how.get("inplace", False) or func is F.hardtanh_ else input
+        smooth = _smooth(given, self.beta) - _smooth(given - highest, self.beta)
+        return smooth if given is input else input.copy_(smooth)
 
 
 def _smooth(x: Tensor, beta: float) -> Tensor:
