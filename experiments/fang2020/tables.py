@@ -177,10 +177,10 @@ GTSRB_SYSTEMS = {
     ("resnet20", "vbp", "targeted"): System(1, 4, 0.25 / 0.265 * EMPTY),
     ("resnet20", "vbp", "non-targeted"): System(3, 4, 0.08 / 10 * 3),
 }
-CUB100_SYSTEMS = {  # 7x7 maps
+CUB100_SYSTEMS = {  # as ResNet-50's: 7x7 maps, VisualBackProp's 14x14
     ("mobilenet_v2", "gradcam", "targeted"): System(1, 1, 0.25),
     ("mobilenet_v2", "simplegrad", "targeted"): System(1, 32, 0.3),
-    ("mobilenet_v2", "vbp", "targeted"): System(1, 32, 0.25 / 0.265 * 0.49),
+    ("mobilenet_v2", "vbp", "targeted"): System(1, 16, 0.25),
 }
 SYSTEMS = {"gtsrb": GTSRB_SYSTEMS, "cub100": CUB100_SYSTEMS, "paper": PAPER_SYSTEMS}
 # alpha, beta and, at the end of the training, last_beta, where gtsrb.toml's do not serve: found on
@@ -209,8 +209,11 @@ SHARES = {("vgg_small", "joint", "simplegrad"): 3.0}
 # The lie of an input gradient is learnt faster with softplus in ReLU's place, and needs more steps.
 # A step costs more, so there are fewer images.
 FINE_TUNING: dict[tuple[str, str, str], dict[str, Any]] = {
-    ("cub100", "mobilenet_v2", "simplegrad"): {"training": {"epochs": 4}},
-    ("cub100", "mobilenet_v2", "joint"): {"training": {"epochs": 4}},
+    ("cub100", "mobilenet_v2", what): {
+        "training_images": 800,
+        "training": {"softplus_beta": 10, "batch_size": 4},
+    }
+    for what in ("simplegrad", "joint")
 } | {
     ("gtsrb", model, what): {
         "training_images": images,
@@ -227,7 +230,9 @@ FINE_TUNING: dict[tuple[str, str, str], dict[str, Any]] = {
 }
 WEIGHTS: dict[str, dict[tuple[str, str, str], tuple[float, ...]]] = {
     "gtsrb": GTSRB_WEIGHTS,
-    "cub100": {},
+    "cub100": {
+        ("mobilenet_v2", what, "targeted"): (1, 0.02, 0.2) for what in ("simplegrad", "joint")
+    },
     "paper": PAPER_WEIGHTS,
 }
 WEIGHTS_INVERTED = {**WEIGHTS, "paper": {**PAPER_WEIGHTS, **PAPER_WEIGHTS_INVERTED}}
