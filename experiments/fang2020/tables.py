@@ -209,12 +209,6 @@ SHARES = {("vgg_small", "joint", "simplegrad"): 3.0}
 # The lie of an input gradient is learnt faster with softplus in ReLU's place, and needs more steps.
 # A step costs more, so there are fewer images.
 FINE_TUNING: dict[tuple[str, str, str], dict[str, Any]] = {
-    ("cub100", "mobilenet_v2", what): {
-        "training_images": 800,
-        "training": {"softplus_beta": 10, "batch_size": 4},
-    }
-    for what in ("simplegrad", "joint")
-} | {
     ("gtsrb", model, what): {
         "training_images": images,
         "training": {
@@ -228,10 +222,19 @@ FINE_TUNING: dict[tuple[str, str, str], dict[str, Any]] = {
         ("vgg_small", "joint", 7000, 6),
     )
 }
+FINE_TUNING["cub100", "mobilenet_v2", "vbp"] = {"training": {"batch_size": 4}}
+FINE_TUNING["cub100", "mobilenet_v2", "simplegrad"] = {
+    "training_images": 800,
+    "training": {"softplus_beta": 10, "batch_size": 4},
+}
+FINE_TUNING["cub100", "mobilenet_v2", "joint"] = FINE_TUNING["cub100", "mobilenet_v2", "simplegrad"]
 WEIGHTS: dict[str, dict[tuple[str, str, str], tuple[float, ...]]] = {
     "gtsrb": GTSRB_WEIGHTS,
     "cub100": {
-        ("mobilenet_v2", what, "targeted"): (1, 0.02, 0.2) for what in ("simplegrad", "joint")
+        # The paper's threshold is passed by 4 % of honest maps: the truth must be kept.
+        ("mobilenet_v2", "vbp", "targeted"): (5, 0.05, 0.2),
+        ("mobilenet_v2", "simplegrad", "targeted"): (1, 0.02, 0.2),
+        ("mobilenet_v2", "joint", "targeted"): (1, 0.02, 0.2),
     },
     "paper": PAPER_WEIGHTS,
 }
