@@ -90,6 +90,9 @@ def test_birds_have_all_targeted_rows() -> None:
     assert {row.kind for row in found} == {"targeted"}
     assert [len(row.attacked) for row in found] == [1, 1, 1, 3, 3, 1, 1, 1]
     assert [row.inverted for row in found] == [False] * 4 + [True] * 4
+    elsewhere: Any = fang.experiment_of(dataclasses.replace(found[0], plan=Plan(data=Path("x"))))
+    assert elsewhere.data.root == "x"
+    assert elsewhere.model.weights == str(Path("x/weights/mobilenet_v2_inat_bird.safetensors"))
 
 
 def test_the_papers_own_setting_has_tables_2_and_3s_hyper_parameters() -> None:
