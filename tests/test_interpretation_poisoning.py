@@ -330,7 +330,7 @@ def test_preconditioned_looks_where_adam_goes() -> None:
     given = {name: torch.randn_like(value) for name, value in stacked.now.items()}
     assert _as_adam_steps(given, stacked, together) is given  # Adam knows nothing yet
     # After one step the running mean of squares is a thousandth of the square.
-    before = {n: 1e-3 * stacked.leaf(n).grad.square() for n in given}  # type: ignore[union-attr]
+    before = {n: 1e-3 * stacked.leaf(n).grad.square() for n in given}
     together.step()
     found = _as_adam_steps(given, stacked, together)
     for k in range(2):

@@ -277,7 +277,7 @@ def test_what_is_frozen_takes_a_training_set_once(
     )
     first = encode(Lockstep(floats, frozen_until="body.1"), data)
     again = encode(Lockstep(floats[:1], frozen_until="body.1"), same)
-    assert first.features.data_ptr() == again.features.data_ptr()  # type: ignore[union-attr]
+    assert first.features.data_ptr() == again.features.data_ptr()
     for networks, shown in (
         (Lockstep(floats, frozen_until="body.1"), other),
         (Lockstep([tiny_net(norm=True).float()], frozen_until="body.1"), data),
