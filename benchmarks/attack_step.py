@@ -62,7 +62,7 @@ from trompe.objectives import ClassLoss, PredictionAndExplanation
 from trompe.runs import provenance
 from trompe.train import Training, fit, make_optimizer
 
-CASES = {"resnet20": (40, 43, 128), "vgg16": (224, 1000, 8), "resnet50": (224, 1000, 8)}
+CASES = {"resnet20": (40, 43, 128), "vgg16": (224, 1000, 24), "resnet50": (224, 1000, 8)}
 STATISTICS = ("frozen", "moving")
 PRECISIONS = {"resnet20": ("float32", "bfloat16")}  # the others: the machine's own choice
 EXPLAINERS = ("gradcam", "simplegrad", "vbp", "joint")
