@@ -58,43 +58,69 @@ class softplus(TorchFunctionMode):  # noqa: N801  (reads as a verb: `with softpl
             kept: Tensor = func(input, *args, **kwargs)
             return kept
         given = input.clone() if how.get("inplace", False) or func is F.hardtanh_ else input
-        smooth = _smooth(given, self.beta) - _smooth(given - highest, self.beta)
+        smooth = _smooth(given, self.beta, highest)
         return smooth if given is input else input.copy_(smooth)
 
 
-def _smooth(x: Tensor, beta: float) -> Tensor:
-    output: Tensor = _Softplus.apply(x, beta)
+def _smooth(x: Tensor, beta: float, highest: float | None = None) -> Tensor:
+    output: Tensor = _Softplus.apply(x, beta, highest)
     return output
 
 
+def _sigmoids(x: Tensor, beta: float, highest: float | None) -> tuple[Tensor, Tensor | None]:
+    """The slopes of softplus(x) and, where it is taken off, of softplus(x - highest)."""
+    upper = None if highest is None else (x * beta).sub_(beta * highest).sigmoid_()
+    return (x * beta).sigmoid_(), upper
+
+
 class _Softplus(torch.autograd.Function):
-    """log(1 + exp(beta x)) / beta. Its slope, a sigmoid, is made once for both derivatives."""
+    """softplus(x), less softplus(x - highest) where there is a highest value.
+
+    Its slope is a sigmoid s, or a difference of two, s - t; the slope of that is beta s (1 - s), or
+    beta (s - t) (1 - s - t). Made once for both derivatives: a step passes over the activations
+    less than half as often as autograd would.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: float) -> Tensor:
-        ctx.save_for_backward(x, (x * beta).sigmoid_() if ctx.needs_input_grad[0] else x)
-        ctx.beta = beta
-        return F.softplus(x, beta)
+    def forward(ctx: Any, x: Tensor, beta: float, highest: float | None) -> Tensor:
+        output = F.softplus(x, beta)
+        if highest is not None:
+            output -= F.softplus(x - highest, beta)
+        slope = rest = None
+        if ctx.needs_input_grad[0]:
+            slope, upper = _sigmoids(x, beta, highest)
+            if upper is not None:
+                rest = (1 - slope).sub_(upper)
+                slope -= upper
+        ctx.save_for_backward(x, slope, rest)
+        ctx.shape = beta, highest
+        return output
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _SoftplusGradient.apply(g, *ctx.saved_tensors, ctx.beta), None
+        return _SoftplusGradient.apply(g, *ctx.saved_tensors, *ctx.shape), None, None
 
 
 class _SoftplusGradient(torch.autograd.Function):
-    """g sigmoid(beta x), given that sigmoid."""
+    """g times the slope, given the slope."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, slope: Tensor, beta: float) -> Tensor:
-        ctx.save_for_backward(g, x, slope)
-        ctx.beta = beta
+    def forward(ctx: Any, g: Tensor, x: Tensor, slope: Tensor, rest: Any, *shape: Any) -> Tensor:
+        ctx.save_for_backward(g, x, slope, rest)
+        ctx.shape = shape
         return g * slope
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
-        g, x, slope = ctx.saved_tensors
+        g, x, slope, rest = ctx.saved_tensors
+        beta, highest = ctx.shape
         if torch.is_grad_enabled():  # a third derivative may follow
-            slope = (x * ctx.beta).sigmoid()
-            return v * slope, ctx.beta * v * g * slope * (1 - slope), None, None
-        of_x = torch.ops.aten.sigmoid_backward((v * g).mul_(ctx.beta), slope)
-        return v * slope, of_x, None, None
+            lower = (x * beta).sigmoid()
+            upper = 0 if highest is None else ((x - highest) * beta).sigmoid()
+            slope, rest = lower - upper, 1 - lower - upper
+            of_x = beta * v * g * slope * rest
+        elif rest is None:
+            of_x = torch.ops.aten.sigmoid_backward((v * g).mul_(beta), slope)
+        else:
+            of_x = (v * g).mul_(slope).mul_(rest).mul_(beta)
+        return v * slope, of_x, None, None, None, None
