@@ -12,6 +12,9 @@ from trompe.interfaces import InputError
 
 _IN_PLACE = {F.relu_, torch.relu_, torch.Tensor.relu_}
 _RELUS = {F.relu, torch.relu, torch.Tensor.relu} | _IN_PLACE
+_FAR = (
+    20.0  # exp(-20) is nothing beside 1; far smaller numbers have powers that make processors slow
+)
 _CUT = {F.relu6, F.hardtanh, F.hardtanh_}  # ReLU6 is a hardtanh from 0 to 6
 
 
@@ -69,8 +72,14 @@ def _smooth(x: Tensor, beta: float, highest: float | None = None) -> Tensor:
 
 def _sigmoids(x: Tensor, beta: float, highest: float | None) -> tuple[Tensor, Tensor | None]:
     """The slopes of softplus(x) and, where it is taken off, of softplus(x - highest)."""
-    upper = None if highest is None else (x * beta).sub_(beta * highest).sigmoid_()
-    return (x * beta).sigmoid_(), upper
+    upper = None if highest is None else (x * beta).sub_(beta * highest).clamp_(min=-_FAR)
+    lower = (x * beta).clamp_(min=-_FAR)
+    return lower.sigmoid_(), None if upper is None else upper.sigmoid_()
+
+
+def _above_relu(x: Tensor, beta: float) -> Tensor:
+    """softplus(x) - relu(x) = log(1 + exp(-beta |x|)) / beta; F.softplus is slower by far."""
+    return x.abs().mul_(-beta).clamp_(min=-_FAR).exp_().log1p_().div_(beta)
 
 
 class _Softplus(torch.autograd.Function):
@@ -83,9 +92,9 @@ class _Softplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: float, highest: float | None) -> Tensor:
-        output = F.softplus(x, beta)
+        output = x.clamp(0, highest).add_(_above_relu(x, beta))
         if highest is not None:
-            output -= F.softplus(x - highest, beta)
+            output -= _above_relu(x - highest, beta)
         slope = rest = None
         if ctx.needs_input_grad[0]:
             slope, upper = _sigmoids(x, beta, highest)
