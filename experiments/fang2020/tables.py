@@ -238,7 +238,12 @@ WEIGHTS: dict[str, dict[tuple[str, str, str], tuple[float, ...]]] = {
     },
     "paper": PAPER_WEIGHTS,
 }
-WEIGHTS_INVERTED = {**WEIGHTS, "paper": {**PAPER_WEIGHTS, **PAPER_WEIGHTS_INVERTED}}
+WEIGHTS_INVERTED = {
+    **WEIGHTS,
+    # On the selection half the targeted row had lost top-1 at the end of the training.
+    "cub100": {**WEIGHTS["cub100"], ("mobilenet_v2", "simplegrad", "targeted"): (1, 0.02, 0.6)},
+    "paper": {**PAPER_WEIGHTS, **PAPER_WEIGHTS_INVERTED},
+}
 
 
 MOST_LOST = {"clean": 2.0, "triggered": 4.0}  # our bounds on top-1, in points
