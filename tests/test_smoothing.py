@@ -127,6 +127,22 @@ def test_relu6_is_smoothed_at_both_ends(name: str) -> None:
     assert RELU6S[name](x * 1).tolist() == pytest.approx([min(max(v, 0), 6) for v in range(-2, 9)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [F.relu, F.relu6])
+def test_far_from_its_bends_it_is_what_it_replaces(
+    function: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    x = torch.tensor([-1e4, -50, -4, 3, 9, 200], dtype=dtype, requires_grad=True)
+    with softplus(10):
+        smooth = function(x)
+    (slope,) = torch.autograd.grad(smooth.sum(), x, create_graph=True)
+    (curve,) = torch.autograd.grad(slope.sum(), x)
+    (hard,) = torch.autograd.grad(function(x).sum(), x)
+    torch.testing.assert_close(smooth, function(x), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(slope, hard, rtol=0, atol=1e-8)
+    torch.testing.assert_close(curve, torch.zeros_like(x), rtol=0, atol=1e-7)
+
+
 def test_other_activations_stay() -> None:
     for activation in (nn.Hardtanh(), nn.LeakyReLU(), nn.GELU(), nn.Tanh()):
         with softplus(8):

@@ -12,9 +12,7 @@ from trompe.interfaces import InputError
 
 _IN_PLACE = {F.relu_, torch.relu_, torch.Tensor.relu_}
 _RELUS = {F.relu, torch.relu, torch.Tensor.relu} | _IN_PLACE
-_FAR = (
-    20.0  # exp(-20) is nothing beside 1; far smaller numbers have powers that make processors slow
-)
+_FAR = 20.0  # exp(-20) is nothing beside 1, and processors are slow where its powers vanish
 _CUT = {F.relu6, F.hardtanh, F.hardtanh_}  # ReLU6 is a hardtanh from 0 to 6
 
 
@@ -86,8 +84,7 @@ class _Softplus(torch.autograd.Function):
     """softplus(x), less softplus(x - highest) where there is a highest value.
 
     Its slope is a sigmoid s, or a difference of two, s - t; the slope of that is beta s (1 - s), or
-    beta (s - t) (1 - s - t). Made once for both derivatives: a step passes over the activations
-    less than half as often as autograd would.
+    beta (s - t) (1 - s - t). Made once for both derivatives.
     """
 
     @staticmethod
