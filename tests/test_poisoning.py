@@ -30,6 +30,7 @@ from trompe.poisoning import (
     victims_name,
     victims_of,
 )
+from trompe.report.reading import load
 from trompe.runs import FileLogbook, RunFolder
 from trompe.screen import Silent
 from trompe.train import Training
@@ -225,6 +226,11 @@ def test_a_folder_that_is_no_poison_run_is_refused(folder: RunFolder, tmp_path: 
     (folder.path / "numbers.json").unlink()
     with pytest.raises(InputError, match="are not finished; the same trompe poison command"):
         victims_of(folder)
+
+
+def test_a_report_on_poisons_names_the_command_that_goes_on(made: RunFolder) -> None:
+    with pytest.raises(InputError, match=r"holds poisons.*`trompe victim .*` trains victims"):
+        load(made)
 
 
 def test_data_that_have_changed_since_are_refused(folder: RunFolder) -> None:

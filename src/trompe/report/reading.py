@@ -128,6 +128,11 @@ def load(folder: RunFolder) -> list[Run]:
     """
     numbers = folder.read("numbers")  # first: without it the run has not finished
     files = {name: folder.read(name) for name in ("spec", "provenance", "classes")}
+    if "conditions" not in numbers and (folder.path / "victims.json").is_file():
+        raise InputError(
+            f"run folder {folder.path}: holds poisons, which lie to nobody yet; "
+            f"`trompe victim {folder.path}` trains victims on them and draws their maps"
+        )
     gallery, evidence = folder.read_tensors("gallery"), folder.read_tensors("evidence")
     try:
         history = folder.read_history()
