@@ -1,7 +1,7 @@
 """What one attack step costs, relative to a plain fine-tuning step on the same batch.
 
 python benchmarks/attack_step.py [--rounds 10] [--models resnet20 vgg16 resnet50] [--out FILE]
-    [--statistics frozen moving]
+    [--statistics frozen moving] [--explainers gradcam simplegrad vbp joint]
 
 | contender                   | one step                                                          |
 |-----------------------------|-------------------------------------------------------------------|
@@ -18,7 +18,8 @@ python benchmarks/attack_step.py [--rounds 10] [--models resnet20 vgg16 resnet50
 SimpleGrad is InputGradient of the loss. All share one batch; BatchNorm's statistics are frozen, or
 moving, for the plain step as well. Each takes turns with the plain step (A B A B ...), so that
 other work on the machine slows both alike. A turn is two steps, of which the second is timed. A
-ratio is the median over rounds of (contender's seconds / plain's seconds in that round). The
+ratio is the median over rounds of (contender's seconds / plain's seconds in that round); what the
+explainers are compared with takes a quarter of their rounds, at least four. The
 convolutions' GFLOP/s is what the machine attains on these shapes; their share of the plain step
 says how near the step comes.
 
@@ -36,7 +37,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -278,18 +279,23 @@ def peak_memory(turn: Callable[[], float], device: torch.device) -> int:
     return peak
 
 
+def contenders_for(explainers: Sequence[str]) -> list[str]:
+    return ["fit", *explainers, *(name for each in explainers for name in NAIVE.get(each, ()))]
+
+
 def measure(
     model: str,
     precision: str,
     statistics: str,
     device: torch.device,
     rounds: int,
+    explainers: Sequence[str],
     tick: Callable[[], None],
 ) -> tuple[list[Row], Row]:
     """A row per explainer, and the throughput of the plain step."""
     check_naive_map(Scene(model, "float32", device))
     new = partial(Scene, model, precision, device, statistics)
-    contenders = ("fit", *EXPLAINERS, *(name for names in NAIVE.values() for name in names))
+    contenders = contenders_for(explainers)
     plain_memory = peak_memory(lambda: new().turn("plain")(), device)
     ratios, memory, plain = {}, {}, []
     for name in (*contenders, "convolutions"):
@@ -301,7 +307,8 @@ def measure(
             memory[name] = peak_memory(lambda name=name: new().turn(name)(), device) / plain_memory
             turn = scene.turn(name)
         beside = scene.turn("plain")
-        took = [(turn(), beside()) for _ in range(rounds + 1)][1:]  # the first round warmed up
+        own = rounds if name in explainers else max(4, rounds // 4)
+        took = [(turn(), beside()) for _ in range(own + 1)][1:]  # the first round warmed up
         ratios[name] = round(median(a / b for a, b in took), 3)
         plain += [b for _, b in took]
         conv_seconds = median(a for a, _ in took)  # of the last one, the convolutions
@@ -313,7 +320,7 @@ def measure(
     what = {"model": model, "batch": count, "size": size, "precision": precision}
     what["statistics"] = statistics
     rows = []
-    for explainer in EXPLAINERS:
+    for explainer in explainers:
         row = {**what, "explainer": explainer, "step_ratio": ratios[explainer]}
         naive = NAIVE.get(explainer, ())
         row |= {"naive_ratio": ratios[naive[0]]} if naive else {}
@@ -347,6 +354,7 @@ def main() -> None:
         "--precision", nargs="+", choices=precisions, help="default: see PRECISIONS"
     )
     parser.add_argument("--statistics", nargs="+", choices=STATISTICS, default=["frozen"])
+    parser.add_argument("--explainers", nargs="+", choices=EXPLAINERS, default=EXPLAINERS)
     parser.add_argument("--threads", type=int, help="default: OMP_NUM_THREADS, or the idle cores")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -359,29 +367,27 @@ def main() -> None:
             own = (resolve_precision("auto", device),)
             precisions = args.precision or PRECISIONS.get(model, own)
             for precision, statistics in itertools.product(precisions, args.statistics):
-                task = progress.add_task(f"{model} {precision} {statistics}", total=9)
+                total = len(contenders_for(args.explainers)) + 1  # and the convolutions
+                task = progress.add_task(f"{model} {precision} {statistics}", total=total)
                 tick = partial(progress.advance, task)
-                measured = measure(model, precision, statistics, device, args.rounds, tick)
+                how = (device, args.rounds, args.explainers, tick)
+                measured = measure(model, precision, statistics, *how)
                 keep(args.out, *measured, made)
     print(args.out.with_suffix(".md").read_text("utf-8"))
 
 
 def keep(file: Path, rows: list[Row], throughput: Row, made: Row) -> None:
     """Put them into the file, in the place of older ones of the same model and settings."""
-    keys = ("model", "precision", "statistics")
-    what = [throughput[key] for key in keys]
     old = json.loads(file.read_text()) if file.exists() else {"rows": [], "throughput": []}
 
-    def others(name: str) -> list[Row]:
-        return [r for r in old[name] if [r[key] for key in keys] != what]
+    def what(r: Row) -> tuple[Any, ...]:
+        explainer = EXPLAINERS.index(r["explainer"]) if "explainer" in r else 0
+        return list(CASES).index(r["model"]), r["precision"], r["statistics"], explainer
 
-    result = {
-        name: sorted(
-            [*others(name), *({**r, "provenance": made} for r in found)],
-            key=lambda r: (list(CASES).index(r["model"]), r["precision"], r["statistics"]),
-        )
-        for name, found in (("rows", rows), ("throughput", [throughput]))
-    }
+    result = {}
+    for name, found in (("rows", rows), ("throughput", [throughput])):
+        kept = {what(r): r for r in old[name]} | {what(r): {**r, "provenance": made} for r in found}
+        result[name] = [kept[key] for key in sorted(kept)]
     write_json(file, result)
     text = f"{markdown(result['rows'])}\n{markdown(result['throughput'])}"
     write_atomically(file.with_suffix(".md"), lambda place: place.write_text(text, "utf-8"))
