@@ -158,6 +158,93 @@ def test_the_biases_gradient_is_not_made_when_only_the_images_is_asked_for() -> 
     assert sums_over_places(lambda: torch.autograd.grad(output, bias, ones)) == 1
 
 
+# --- linear layers --------------------------------------------------------------------------------
+
+
+def mlp() -> list[Tensor]:
+    """Rows, and weights and biases of two layers."""
+    dice = torch.Generator().manual_seed(0)
+    shapes = [(4, 6), (5, 6), (5,), (3, 5), (3,)]
+    return [torch.randn(s, generator=dice, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def scores_and_slope(
+    inputs: list[Tensor], between: Callable[[Tensor], Tensor], of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    x, w1, b1, w2, b2 = inputs
+    scores = F.linear(between(F.linear(x, w1, b1)), w2, b2)
+    (slope,) = torch.autograd.grad(of(scores).sum(), x, create_graph=True)
+    return scores, slope
+
+
+def first(scores: Tensor) -> Tensor:
+    """With ReLU its slope does not depend on the scores: they may be no part of a backward pass."""
+    return scores[:, 0]
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "both": lambda scores, slope: scores.logsumexp(1).sum() + slope.pow(3).sum(),
+    "scores alone": lambda scores, slope: scores.logsumexp(1).sum(),
+    "slope alone": lambda scores, slope: slope.pow(3).sum(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("between", [torch.tanh, torch.relu], ids=["tanh", "ReLU"])
+@pytest.mark.parametrize("of", [torch.square, first], ids=["squares", "first"])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_linear_layers_derivatives_are_pytorchs_to_the_third_order(
+    loss: Callable[..., Tensor],
+    between: Callable[[Tensor], Tensor],
+    of: Callable[[Tensor], Tensor],
+    everywhere: bool,
+) -> None:
+    def derivatives() -> list[Tensor]:
+        inputs = mlp()
+        found = loss(*scores_and_slope(inputs, between, of))
+        grads = [*torch.autograd.grad(found, inputs, retain_graph=True, materialize_grads=True)]
+        for part in ([0], [1, 3], [0, 1]):  # of some of them, and again
+            some = [inputs[i] for i in part]
+            grads += torch.autograd.grad(found, some, retain_graph=True, materialize_grads=True)
+        second = torch.autograd.grad(found, inputs, create_graph=True, materialize_grads=True)
+        total = torch.stack([g.square().sum() for g in second]).sum()
+        return [*grads, *second, *torch.autograd.grad(total, inputs, materialize_grads=True)]
+
+    expected = derivatives()
+    with fast_second_derivatives(everywhere):
+        given = derivatives()
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_linear_layers_second_derivatives_equal_finite_differences() -> None:
+    with fast_second_derivatives():
+        assert torch.autograd.gradgradcheck(lambda *a: F.linear(*a).tanh(), mlp()[:3])
+
+
+def test_a_linear_layers_two_gradients_are_one_product() -> None:
+    def products() -> int:
+        """As large as the first layer's weight."""
+        loss = LOSSES["both"](*scores_and_slope(inputs := mlp(), torch.relu, first))
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            torch.autograd.grad(loss, inputs[1:])
+        shapes = [e.input_shapes for e in profiler.events() if e.name == "aten::mm"]
+        return sum([a[0], b[1]] in ([5, 6], [6, 5]) for a, b, *_ in shapes)
+
+    assert products() == 2
+    with fast_second_derivatives(everywhere=False):
+        assert products() == 1
+
+
+def test_more_than_rows_and_all_but_linear_layers_can_stay_pytorchs() -> None:
+    image, weight, bias = tensors({})
+    with fast_second_derivatives(everywhere=False):
+        assert "_Linear" in type(F.linear(*mlp()[:3]).grad_fn).__name__
+        assert "_Linear" not in type(F.linear(mlp()[0][None], *mlp()[1:3]).grad_fn).__name__
+        assert "_Convolution" not in type(F.conv2d(image, weight, bias).grad_fn).__name__
+        assert "_Relu" not in type(F.relu(image).grad_fn).__name__
+
+
 # --- ReLU -----------------------------------------------------------------------------------------
 
 RELUS: list[Callable[[Tensor], Tensor]] = [

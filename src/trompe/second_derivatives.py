@@ -7,7 +7,9 @@ its derivatives, of any order, are again one of three: the convolution itself, i
 respect to the images, and its gradient with respect to the weight; each has a fast form.
 
 The second derivative of ReLU is zero, but PyTorch makes these zeros and adds them up. That of
-BatchNorm in training mode PyTorch makes of some twenty passes over the activations; a few do.
+BatchNorm in training mode PyTorch makes of some twenty passes over the activations; a few do. Of a
+linear layer's weight, PyTorch makes two gradients as large as the weight, that of the scores and
+that of the maps, and adds them; one product of twice the rows gives their sum.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,13 +25,16 @@ __all__ = ["fast_second_derivatives", "slow_layers"]
 
 
 @contextmanager
-def fast_second_derivatives() -> Iterator[None]:
-    """Inside, convolutions, BatchNorm and ReLU are differentiable at about one cost at each order.
+def fast_second_derivatives(everywhere: bool = True) -> Iterator[None]:
+    """Inside, layers are differentiable at about one cost at each order.
 
-    Same values as F.conv2d, F.batch_norm and F.relu, which go on serving all but two-dimensional
-    images, and frozen statistics. For any model: what is called is replaced, not its modules.
+    These are convolutions, BatchNorm, ReLU and linear layers; if not `everywhere`, linear ones
+    only: enough where no more than a model's head is differentiated twice. Same values as
+    F.conv2d, F.batch_norm, F.relu and F.linear, which go on serving all but two-dimensional images,
+    frozen statistics, and all but (rows, features). For any model: what is called is replaced, not
+    its modules.
     """
-    with _Mode():
+    with _Mode(everywhere):
         yield
 
 
@@ -42,6 +47,13 @@ def slow_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 class _Mode(TorchFunctionMode):
+    def __init__(self, everywhere: bool) -> None:
+        super().__init__()
+        self.ours: dict[Any, Callable[..., Any]] = {F.linear: _linear}
+        if everywhere:
+            self.ours |= {torch.conv2d: _conv2d, F.conv2d: _conv2d}
+            self.ours |= {torch.relu: _relu, F.relu: _relu, F.batch_norm: _batch_norm}
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -49,12 +61,8 @@ class _Mode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in (torch.conv2d, F.conv2d) and torch.is_grad_enabled():
-            return _conv2d(*args, **(kwargs or {}))
-        if func in (torch.relu, F.relu) and torch.is_grad_enabled():
-            return _relu(*args, **(kwargs or {}))
-        if func is F.batch_norm and torch.is_grad_enabled():
-            return _batch_norm(*args, **(kwargs or {}))
+        if func in self.ours and torch.is_grad_enabled():
+            func = self.ours[func]
         return func(*args, **(kwargs or {}))
 
 
@@ -83,16 +91,28 @@ def _conv2d(
     if isinstance(padding, str) or input.ndim != 4:  # rare, and right without us
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     place = _Place(_pair(stride), _pair(padding), _pair(dilation), groups)
+    output: Tensor = _Convolution.apply(*_taken(input, weight, bias), place)
+    return output
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if input.ndim != 2:
+        return F.linear(input, weight, bias)
+    output: Tensor = _Linear.apply(*_taken(input, weight, bias))
+    return output
+
+
+def _taken(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """In the precision that autocast would give them, and no leaves.
+
+    Autograd cannot be asked whether a leaf's gradient is needed.
+    """
     kind = input.device.type
-    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:  # as autocast itself
+    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    # No leaves: autograd cannot be asked whether a leaf's gradient is needed.
-    input, weight = input.view_as(input), weight.view_as(weight)
-    bias = None if bias is None else bias.view_as(bias)
-    output: Tensor = _Convolution.apply(input, weight, bias, place)
-    return output
+    return (*(t.view_as(t) for t in (input, weight)), None if bias is None else bias.view_as(bias))
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -216,6 +236,55 @@ class _WeightGradient(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _Linear(torch.autograd.Function):
+    """x (rows, features), weight, bias -> outputs.
+
+    The weight's gradient is the sum of outer products of the rows of outputs' gradients with those
+    of x and, if this layer's first derivative is differentiated in the same backward pass, of more
+    such pairs (`waiting`). These come first, as autograd goes back from what was made last; a pair
+    that came when this is `over` would be multiplied by itself, and autograd would add it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.waiting, ctx.over = [], False
+        return F.linear(x, w, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        of_x = _LinearInputGradient.apply(grad, w, ctx) if _needed(ctx, 0) else None
+        of_w = None
+        if _needed(ctx, 1):
+            pairs = [(grad, x), *ctx.waiting]
+            ctx.waiting, ctx.over = [], True
+            grads, inputs = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+            of_w = grads.t() @ inputs
+        return of_x, of_w, grad.sum(0) if _needed(ctx, 2) else None
+
+
+class _LinearInputGradient(torch.autograd.Function):
+    """outputs' gradient, weight -> x's gradient; `layer` is the node of the layer itself."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, w: Tensor, layer: Any) -> Tensor:
+        ctx.save_for_backward(grad, w)
+        ctx.layer = layer
+        return grad @ w
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        grad, w = ctx.saved_tensors
+        of_grad = v @ w.t() if _needed(ctx, 0) else None
+        if not _needed(ctx, 1):
+            return of_grad, None, None
+        if not ctx.layer.over and torch._C._will_engine_execute_node(ctx.layer):
+            ctx.layer.waiting.append((grad, v))
+            return of_grad, None, None
+        return of_grad, grad.t() @ v, None
 
 
 class _BatchNorm(torch.autograd.Function):

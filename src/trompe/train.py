@@ -215,8 +215,8 @@ def _fit(
             torch.manual_seed(generator.initial_seed() + epoch + 1_000_003 * ranks.rank())
             started = time.perf_counter()
             good = copy.deepcopy(model.state_dict())
-            if INPUT in layers:  # a gradient through all convolutions is about to be trained
-                faster.enter_context(fast_second_derivatives())
+            if explainers:  # gradients are about to be trained, of the images through all layers
+                faster.enter_context(fast_second_derivatives(everywhere=INPUT in layers))
             model.train(not how.frozen_statistics)
             sums: dict[str, float] = {}
             count = 0
