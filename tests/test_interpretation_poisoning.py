@@ -149,7 +149,7 @@ def replica(
                             continue
                         ideal.get_parameter(name).sub_(0.05 * step)
                 ahead.append(ideal)
-            for i in range(8):
+            for i in (i for i in range(8) for _ in range(how.repeats or 1)):
                 delta = torch.zeros(5, dtype=torch.float64)
                 for one, ideal in zip(models[t], ahead, strict=True):  # eq. (13)
                     for which, sign in ((ideal, -1), (one, 1)):
@@ -199,6 +199,7 @@ def replica(
         {"distance": "share"},
         {"keep_class": 0.0},
         {"momentum": 0.9, "anneal": False},
+        {"repeats": 3},
         {"bilevel": False},
         {"epsilon": 0.02},
         {"stay_close": 0.01},
@@ -413,6 +414,7 @@ def test_bases_are_what_was_asked_for(rows: TableSet) -> None:
         ({"models": 0}, "models = 0: must be at least 1"),
         ({"epochs": 0}, "epochs = 0: must be at least 1"),
         ({"lifetime": 0}, "lifetime = 0: must be at least 1"),
+        ({"repeats": 0}, "repeats = 0: must be at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str) -> None:

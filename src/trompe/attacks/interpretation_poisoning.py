@@ -72,6 +72,8 @@ class InterpretationPoisoning:
     trained, as far away as the gradient reaches; the paper goes along the gradient.
     step: gamma, of the sign of delta_X; None: epsilon / 10. It falls to 0 over the epochs if
     `anneal`.
+    repeats: steps of a mini-batch's poisons for each look-ahead; None: one (the paper). Poisons
+    that get few steps, as there are few epochs, hardly move the models otherwise.
     momentum: of delta_X. keep_class, stay_close: lambda_2, lambda_1. literal: leave out
     lambda_1's term, which as the paper writes it acts on nothing. bilevel: False leaves the models
     as they are (no step 3), as if they were not trained again.
@@ -95,6 +97,7 @@ class InterpretationPoisoning:
     preconditioned: bool = False
     step: float | None = None
     anneal: bool = True
+    repeats: int | None = None
     momentum: float = 0.0
     keep_class: float = 1.0
     stay_close: float = 0.0
@@ -108,7 +111,7 @@ class InterpretationPoisoning:
             raise InputError(
                 f"epsilon = {self.epsilon}: must lie in 0 < epsilon <= 1; with 0 no sample changes"
             )
-        for name in ("models", "epochs", "lifetime"):
+        for name in ("models", "epochs", "lifetime", "repeats"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} = {value}: must be at least 1")
         if self.preconditioned and self.recipe.optimizer != "adam":
@@ -142,6 +145,7 @@ class InterpretationPoisoning:
         )
         encoded = encode(networks, data)
         optimizer = make_optimizer(networks, self.recipe)
+        repeats = self.repeats or 1
         history: list[EpochRecord] = []
         if logbook is not None and (state := logbook.load()) is not None:
             poisons, speed = state["poisons"], state["speed"]
@@ -168,7 +172,7 @@ class InterpretationPoisoning:
                         gradients = _as_adam_steps(gradients, networks, optimizer)
                     ahead = _look_ahead(networks.now, gradients, self.look_ahead)  # eq. (12)
                 # Step 2, lines 9 and 10: poisons that lead them there.
-                if len(ours):
+                for _ in range(repeats if len(ours) else 0):
                     delta = self._direction(networks, ahead, poisons[:, ours], targets)  # eq. (13)
                     speed[:, ours] = delta + self.momentum * speed[:, ours]
                     moved = poisons[:, ours] + gamma * speed[:, ours].sign()  # eq. (11)
