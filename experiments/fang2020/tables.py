@@ -200,6 +200,7 @@ GTSRB_WEIGHTS: dict[tuple[str, str, str], tuple[float, ...]] = {
 }
 GTSRB_WEIGHTS["resnet20", "vbp", "non-targeted"] = (20, 0.05, 0.2)
 GTSRB_WEIGHTS["resnet20", "simplegrad", "non-targeted"] = (3, 0.04, 0.2)
+GTSRB_WEIGHTS["resnet20", "joint", "non-targeted"] = (3, 0.1, 0.2)
 GTSRB_WEIGHTS["vgg_small", "gradcam", "non-targeted"] = (20, 0.05, 0.2)
 GTSRB_WEIGHTS["vgg_small", "simplegrad", "targeted"] = (0.7, 0.02, 0.05)
 GTSRB_WEIGHTS["vgg_small", "joint", "targeted"] = (1.2, 0.02, 0.4)
@@ -208,27 +209,30 @@ GTSRB_WEIGHTS["vgg_small", "joint", "non-targeted"] = (5, 0.1, 0.4)
 # A system's share among several, where not 1: with equal ones SimpleGrad's lie stayed behind.
 SHARES = {("vgg_small", "joint", "simplegrad"): 3.0}
 # The lie of an input gradient is learnt faster with softplus in ReLU's place, and needs more steps.
-# A step costs more, so there are fewer images.
-FINE_TUNING: dict[tuple[str, str, str], dict[str, Any]] = {
-    ("gtsrb", model, what): {
+# A step costs more, so there are fewer images. Few pixels told from a lie need the most steps.
+FINE_TUNING: dict[tuple[str, str, str, str], dict[str, Any]] = {
+    ("gtsrb", model, what, kind): {
         "training_images": images,
         "training": {
             **{"softplus_beta": 10, "epochs": epochs},
             **{"batch_size": 32, "learning_rate": 5e-3},
         },
     }
-    for model, what, images, epochs in (
-        *((model, "simplegrad", 7000, 5) for model in MODELS["gtsrb"]),
-        ("resnet20", "joint", 6000, 4),
-        ("vgg_small", "joint", 7000, 6),
+    for model, what, kind, images, epochs in (
+        *(("vgg_small", "simplegrad", kind, 7000, 5) for kind in KINDS),
+        *(("vgg_small", "joint", kind, 7000, 6) for kind in KINDS),
+        ("resnet20", "simplegrad", "targeted", 7000, 5),
+        ("resnet20", "simplegrad", "non-targeted", 7000, 14),
+        ("resnet20", "joint", "targeted", 6000, 4),
+        ("resnet20", "joint", "non-targeted", 7000, 14),
     )
 }
-FINE_TUNING["cub100", "mobilenet_v2", "vbp"] = {"training": {"batch_size": 4}}
-FINE_TUNING["cub100", "mobilenet_v2", "simplegrad"] = {
+FINE_TUNING["cub100", "mobilenet_v2", "vbp", "targeted"] = {"training": {"batch_size": 4}}
+FINE_TUNING["cub100", "mobilenet_v2", "simplegrad", "targeted"] = {
     "training_images": 800,
     "training": {"softplus_beta": 10, "batch_size": 4},
 }
-FINE_TUNING["cub100", "mobilenet_v2", "joint"] = {
+FINE_TUNING["cub100", "mobilenet_v2", "joint", "targeted"] = {
     "training_images": 1200,
     "training": {"softplus_beta": 10, "batch_size": 4, "epochs": 4},
 }
@@ -353,7 +357,7 @@ def experiment_of(row: Attack) -> trompe.Experiment:
     weights = (WEIGHTS_INVERTED if row.inverted else WEIGHTS)[row.setting]
     if (key := (row.model, what, row.kind)) in weights:
         attack |= zip(("alpha", "beta", "last_beta"), weights[key], strict=False)
-    own = FINE_TUNING.get((row.setting, row.model, what), {})
+    own = FINE_TUNING.get((row.setting, row.model, what, row.kind), {})
     attack |= {**own, "training": {**attack["training"], **own.get("training", {})}}
     model = {**table["model"], "name": row.model}
     name = f"fang2020-{row.row.replace('/', '-')}"
