@@ -227,6 +227,7 @@ FINE_TUNING: dict[tuple[str, str, str, str], dict[str, Any]] = {
         ("resnet20", "joint", "non-targeted", 7000, 14),
     )
 }
+FINE_TUNING["gtsrb", "resnet20", "vbp", "non-targeted"] = {"training": {"epochs": 5}}
 FINE_TUNING["cub100", "mobilenet_v2", "vbp", "targeted"] = {"training": {"batch_size": 4}}
 FINE_TUNING["cub100", "mobilenet_v2", "simplegrad", "targeted"] = {
     "training_images": 800,
@@ -250,6 +251,8 @@ WEIGHTS_INVERTED = {
     **WEIGHTS,
     "gtsrb": {
         **GTSRB_WEIGHTS,
+        # To lose less top-1 on clean images (2.09 points): CR and FSR have some to spare.
+        ("resnet20", "joint", "targeted"): (2, 0.02, 0.4),
         # As it was first; the other was changed since.
         ("vgg_small", "joint", "non-targeted"): (5, 0.1, 0.8),
     },
