@@ -220,10 +220,8 @@ FINE_TUNING: dict[tuple[str, str, str, str], dict[str, Any]] = {
         },
     }
     for model, what, kind, images, epochs in (
-        *(("vgg_small", "simplegrad", kind, 7000, 5) for kind in KINDS),
+        *((model, "simplegrad", kind, 7000, 5) for model in MODELS["gtsrb"] for kind in KINDS),
         *(("vgg_small", "joint", kind, 7000, 6) for kind in KINDS),
-        ("resnet20", "simplegrad", "targeted", 7000, 5),
-        ("resnet20", "simplegrad", "non-targeted", 7000, 14),
         ("resnet20", "joint", "targeted", 6000, 4),
         ("resnet20", "joint", "non-targeted", 7000, 14),
     )
