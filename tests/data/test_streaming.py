@@ -371,12 +371,12 @@ print(peak() - before)
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
-    """1,200 small files that become 112 x 112: 43 MB in memory."""
+    """1,800 small files that become 112 x 112: 65 MB, some of it where the start had its peak."""
     root = tmp_path / "data"
     for name in ("a", "b"):
         (root / name).mkdir(parents=True)
         Image.linear_gradient("L").resize((8, 8)).save(root / name / "0.png")
-        for number in range(1, 800):
+        for number in range(1, 1200):
             os.link(root / name / "0.png", root / name / f"{number}.png")
     grown = {}
     for how in ("memory", "streamed"):
@@ -385,7 +385,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
         command = [sys.executable, str(file), str(root), how]
         told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         grown[how] = float(told.stdout)
-    assert grown["memory"] > 35
+    assert grown["memory"] > 45
     assert grown["streamed"] < 12
 
 
