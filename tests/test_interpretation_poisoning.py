@@ -138,16 +138,17 @@ def replica(
         for t, target in enumerate(targets):
             ahead = []
             for one in models[t]:  # eq. (12)
-                loss = adversarial(one, target, how)
-                losses.append(loss.item())
+                losses.append(adversarial(one, target, how).item())
                 ideal = copy.deepcopy(one)
-                names, parameters = zip(*one.named_parameters(), strict=True)
-                steps = torch.autograd.grad(loss, parameters, materialize_grads=True)
-                with torch.no_grad():
-                    for name, step in zip(names, steps, strict=True):
-                        if how.frozen_until is not None and not name.startswith("head"):
-                            continue
-                        ideal.get_parameter(name).sub_(0.05 * step)
+                for _ in range(how.look_ahead_steps or 1):
+                    loss = adversarial(ideal, target, how)
+                    names, parameters = zip(*ideal.named_parameters(), strict=True)
+                    steps = torch.autograd.grad(loss, parameters, materialize_grads=True)
+                    with torch.no_grad():
+                        for name, step in zip(names, steps, strict=True):
+                            if how.frozen_until is not None and not name.startswith("head"):
+                                continue
+                            ideal.get_parameter(name).sub_(0.05 * step)
                 ahead.append(ideal)
             for i in (i for i in range(8) for _ in range(how.repeats or 1)):
                 delta = torch.zeros(5, dtype=torch.float64)
@@ -200,6 +201,7 @@ def replica(
         {"keep_class": 0.0},
         {"momentum": 0.9, "anneal": False},
         {"repeats": 3},
+        {"look_ahead_steps": 3},
         {"bilevel": False},
         {"epsilon": 0.02},
         {"stay_close": 0.01},
@@ -415,6 +417,7 @@ def test_bases_are_what_was_asked_for(rows: TableSet) -> None:
         ({"epochs": 0}, "epochs = 0: must be at least 1"),
         ({"lifetime": 0}, "lifetime = 0: must be at least 1"),
         ({"repeats": 0}, "repeats = 0: must be at least 1"),
+        ({"look_ahead_steps": 0}, "look_ahead_steps = 0: must be at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str) -> None:

@@ -9,7 +9,7 @@ explain one chosen sample T as the adversary likes. Models and samples are updat
 | CAM, eqs. (2) and (3)                            | explainers/cam.py                       |
 | L_adv, eq. (5): first and third term             | `_adversarial_loss`                     |
 | its second term, lambda_1 (P - T)^2              | `_direction`, unless `literal`          |
-| step 1, the ideal update, eqs. (6) and (12)      | `_gradients`, `_look_ahead`             |
+| step 1, the ideal update, eqs. (6) and (12)      | `_ideal_update`, `_look_ahead`          |
 | step 2, delta_X, eqs. (7) to (10), (13)          | `_direction`                            |
 | X_p <- X_p + gamma delta_X, eq. (11); projection | `__call__`, `feasible` in _bases.py     |
 | step 3, one honest step, eq. (14)                | `__call__`, `_training_loss`            |
@@ -70,6 +70,8 @@ class InterpretationPoisoning:
     where it is wanted, whatever its scale.
     look_ahead: alpha of eq. (12). preconditioned: look where Adam would go, by which victims are
     trained, as far away as the gradient reaches; the paper goes along the gradient.
+    look_ahead_steps: of alpha each, along the gradient where the step before led; None: one (the
+    paper). Where the way to the lie is curved, its first step says little of where it leads.
     step: gamma, of the sign of delta_X; None: epsilon / 10. It falls to 0 over the epochs if
     `anneal`.
     repeats: steps of a mini-batch's poisons for each look-ahead; None: one (the paper). Poisons
@@ -95,6 +97,7 @@ class InterpretationPoisoning:
     distance: Distance = "squared"
     look_ahead: float = 1e-3
     preconditioned: bool = False
+    look_ahead_steps: int | None = None
     step: float | None = None
     anneal: bool = True
     repeats: int | None = None
@@ -111,7 +114,7 @@ class InterpretationPoisoning:
             raise InputError(
                 f"epsilon = {self.epsilon}: must lie in 0 < epsilon <= 1; with 0 no sample changes"
             )
-        for name in ("models", "epochs", "lifetime", "repeats"):
+        for name in ("models", "epochs", "lifetime", "look_ahead_steps", "repeats"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} = {value}: must be at least 1")
         if self.preconditioned and self.recipe.optimizer != "adam":
@@ -166,11 +169,7 @@ class InterpretationPoisoning:
             for number, (clean, ours) in enumerate(steps, start=1):
                 # Step 1, lines 5 to 8: where the models ought to go.
                 with _fast(networks):
-                    adversarial = self._adversarial_loss(networks, targets)
-                    gradients = _gradients(networks.now, adversarial)
-                    if self.preconditioned:
-                        gradients = _as_adam_steps(gradients, networks, optimizer)
-                    ahead = _look_ahead(networks.now, gradients, self.look_ahead)  # eq. (12)
+                    adversarial, ahead = self._ideal_update(networks, optimizer, targets)
                 # Step 2, lines 9 and 10: poisons that lead them there.
                 for _ in range(repeats if len(ours) else 0):
                     delta = self._direction(networks, ahead, poisons[:, ours], targets)  # eq. (13)
@@ -213,13 +212,31 @@ class InterpretationPoisoning:
             for i, (target, (_, index)) in enumerate(zip(targets, based, strict=True))
         )
 
-    def _adversarial_loss(self, networks: Lockstep, targets: Sequence[Target]) -> Tensor:
-        """L_adv of each network, eq. (5) without its second term; (targets K,)."""
+    def _ideal_update(
+        self, networks: Lockstep, optimizer: torch.optim.Optimizer, targets: Sequence[Target]
+    ) -> tuple[Tensor, Parameters]:
+        """L_adv of each network as it is, (targets K,), and where it ought to go, eq. (12)."""
+        ahead, losses = networks.now, []
+        for _ in range(self.look_ahead_steps or 1):
+            losses.append(self._adversarial_loss(networks, ahead, targets))
+            gradients = _gradients(ahead, losses[-1])
+            if self.preconditioned:
+                gradients = _as_adam_steps(gradients, networks, optimizer)
+            ahead = _look_ahead(ahead, gradients, self.look_ahead)
+        return losses[0].detach(), ahead
+
+    def _adversarial_loss(
+        self, networks: Lockstep, parameters: Parameters, targets: Sequence[Target]
+    ) -> Tensor:
+        """L_adv of the networks with these parameters, eq. (5) without its second term.
+
+        (targets K,)
+        """
         each = networks.count // len(targets)
         samples = torch.stack([t.sample for t in targets]).repeat_interleave(each, 0)
         classes = _labels(targets).repeat_interleave(each)
         wanted = torch.cat([t.wanted_map for t in targets]).repeat_interleave(each, 0)
-        seen = networks.record(networks.now, samples, self.explainer.watches(networks.skeleton))
+        seen = networks.record(parameters, samples, self.explainer.watches(networks.skeleton))
         maps = self.explainer(seen, classes)  # G_c(T; f; Theta)
         if self.distance == "squared":
             apart = squared_error(maps, wanted)  # |G_c(T) - G|^2
@@ -306,7 +323,10 @@ def _lengths(parameters: Parameters) -> Tensor:
 
 def _look_ahead(parameters: Parameters, gradients: Parameters, alpha: float) -> Parameters:
     """Theta* = Theta - alpha grad L_adv, eq. (12); `parameters` stay as they are."""
-    return {name: (value - alpha * gradients[name]).detach() for name, value in parameters.items()}
+    return {
+        name: (value - alpha * gradients[name]).detach().requires_grad_()
+        for name, value in parameters.items()
+    }
 
 
 def _loss_difference(
