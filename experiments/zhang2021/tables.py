@@ -62,7 +62,9 @@ OF_DOGS: dict[str, dict[str, Any]] = {
             "pool": 32,  # to CAM's 7x7
             "normalise": "max",
         },
-        "epochs": 8,  # a step of GRAD is dear
+        "epochs": 6,  # a step of GRAD is dear
+        "look_ahead": 0.2,
+        "look_ahead_steps": 6,
     },
     "cam": {},
 }
