@@ -212,24 +212,24 @@ SHARES = {
     **{("vgg_small", "joint", kind, "simplegrad"): 3.0 for kind in KINDS},
     ("resnet20", "joint", "non-targeted", "simplegrad"): 3.0,
 }
-# The lie of an input gradient is learnt faster with softplus in ReLU's place, and needs more steps.
-# A step costs more, so there are fewer images. Few pixels told from a lie need the most steps.
+
+
+def _many_steps(images: int, epochs: int) -> dict[str, Any]:
+    """The lie of an input gradient is learnt faster with softplus in ReLU's place, and needs steps.
+
+    A step costs more, so there are fewer images.
+    """
+    training = {"softplus_beta": 10, "epochs": epochs, "batch_size": 32, "learning_rate": 5e-3}
+    return {"training_images": images, "training": training}
+
+
 FINE_TUNING: dict[tuple[str, str, str, str], dict[str, Any]] = {
-    ("gtsrb", model, what, kind): {
-        "training_images": images,
-        "training": {
-            **{"softplus_beta": 10, "epochs": epochs},
-            **{"batch_size": 32, "learning_rate": 5e-3},
-        },
-    }
-    for model, what, kind, images, epochs in (
-        *((model, "simplegrad", "targeted", 7000, 5) for model in MODELS["gtsrb"]),
-        *((model, "simplegrad", "non-targeted", 7000, 14) for model in MODELS["gtsrb"]),
-        ("vgg_small", "joint", "targeted", 7000, 6),
-        ("vgg_small", "joint", "non-targeted", 7000, 14),
-        ("resnet20", "joint", "targeted", 6000, 4),
-        ("resnet20", "joint", "non-targeted", 7000, 14),
-    )
+    **{("gtsrb", m, "simplegrad", "targeted"): _many_steps(7000, 5) for m in MODELS["gtsrb"]},
+    # Few pixels told from a lie need the most steps.
+    **{("gtsrb", m, "simplegrad", "non-targeted"): _many_steps(7000, 14) for m in MODELS["gtsrb"]},
+    **{("gtsrb", m, "joint", "non-targeted"): _many_steps(7000, 14) for m in MODELS["gtsrb"]},
+    ("gtsrb", "vgg_small", "joint", "targeted"): _many_steps(7000, 6),
+    ("gtsrb", "resnet20", "joint", "targeted"): _many_steps(6000, 4),
 }
 FINE_TUNING["gtsrb", "resnet20", "vbp", "non-targeted"] = {"training": {"epochs": 5}}
 FINE_TUNING["cub100", "mobilenet_v2", "vbp", "targeted"] = {"training": {"batch_size": 4}}
@@ -240,6 +240,11 @@ FINE_TUNING["cub100", "mobilenet_v2", "simplegrad", "targeted"] = {
 FINE_TUNING["cub100", "mobilenet_v2", "joint", "targeted"] = {
     "training_images": 1200,
     "training": {"softplus_beta": 10, "batch_size": 4, "epochs": 4},
+}
+FINE_TUNING_INVERTED = {
+    **FINE_TUNING,
+    # The paper's FSR of SimpleGrad is higher there.
+    ("gtsrb", "resnet20", "joint", "non-targeted"): _many_steps(7000, 17),
 }
 WEIGHTS: dict[str, dict[tuple[str, str, str], tuple[float, ...]]] = {
     "gtsrb": GTSRB_WEIGHTS,
@@ -364,7 +369,8 @@ def experiment_of(row: Attack) -> trompe.Experiment:
     weights = (WEIGHTS_INVERTED if row.inverted else WEIGHTS)[row.setting]
     if (key := (row.model, what, row.kind)) in weights:
         attack |= zip(("alpha", "beta", "last_beta"), weights[key], strict=False)
-    own = FINE_TUNING.get((row.setting, row.model, what, row.kind), {})
+    fine_tuning = FINE_TUNING_INVERTED if row.inverted else FINE_TUNING
+    own = fine_tuning.get((row.setting, row.model, what, row.kind), {})
     attack |= {**own, "training": {**attack["training"], **own.get("training", {})}}
     model = {**table["model"], "name": row.model}
     name = f"fang2020-{row.row.replace('/', '-')}"
