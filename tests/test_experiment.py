@@ -1,4 +1,4 @@
-"""What a run says before it begins."""
+"""What a run says before it begins, and of how it ended."""
 
 from pathlib import Path
 from typing import Any
@@ -58,3 +58,22 @@ def test_layers_with_slow_second_derivatives_are_said(tmp_path: Path) -> None:
     set_up(trompe.read_experiment(table), tmp_path, "cpu", heard := Notes())
     assert heard.notes
     assert not any("second derivatives" in note for note in heard.notes)
+
+
+@pytest.mark.parametrize("patience", [1, 9])
+def test_a_training_that_is_stopped_early_is_said(tmp_path: Path, patience: int) -> None:
+    training = {"epochs": 9, "learning_rate": 0.5}  # nothing gets better with it
+    attack = {**TABLE["attack"], "training": training, "patience": patience}
+    heard = Notes()
+    run = trompe.run(trompe.read_experiment({**TABLE, "attack": attack}), tmp_path, screen=heard)
+    epochs = len(run.read_history())
+    said = [note for note in heard.notes if "stopped" in note]
+    if patience == 9:
+        assert epochs == 9
+        assert said == []
+    else:
+        assert epochs < 9
+        assert said == [
+            f"the attack was stopped after {epochs} of 9 epochs: no better score in the last 1 "
+            "(attack.patience)"
+        ]

@@ -239,6 +239,7 @@ def _attack(
     attacked = attack_alone(
         experiment, folder, scene.reference, scene.train, scene.selecting, logbook
     )
+    _say_if_stopped(experiment.attack, len(attacked.history), screen)
     # What an interrupted run did before counts as well.
     seconds = max(time.perf_counter() - started, sum(r.seconds for r in attacked.history))
 
@@ -252,6 +253,18 @@ def _attack(
         logbook.close()
 
     on_first(keep)
+
+
+def _say_if_stopped(attack: object, epochs: int, screen: Screen) -> None:
+    """That a training ended before its schedule did."""
+    training = getattr(attack, "training", None)  # surgery has none
+    planned = getattr(training, "epochs", epochs)
+    if epochs < planned:
+        patience = getattr(attack, "patience", None)
+        screen.note(
+            f"the attack was stopped after {epochs} of {planned} epochs: no better score in the "
+            f"last {patience} (attack.patience)"
+        )
 
 
 @dataclass(frozen=True)
