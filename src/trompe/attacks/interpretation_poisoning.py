@@ -218,12 +218,13 @@ class InterpretationPoisoning:
         """L_adv of each network as it is, (targets K,), and where it ought to go, eq. (12)."""
         ahead, losses = networks.now, []
         for _ in range(self.look_ahead_steps or 1):
-            losses.append(self._adversarial_loss(networks, ahead, targets))
-            gradients = _gradients(ahead, losses[-1])
+            loss = self._adversarial_loss(networks, ahead, targets)
+            losses.append(loss.detach())  # or its graph would be kept
+            gradients = _gradients(ahead, loss)
             if self.preconditioned:
                 gradients = _as_adam_steps(gradients, networks, optimizer)
             ahead = _look_ahead(ahead, gradients, self.look_ahead)
-        return losses[0].detach(), ahead
+        return losses[0], ahead
 
     def _adversarial_loss(
         self, networks: Lockstep, parameters: Parameters, targets: Sequence[Target]
