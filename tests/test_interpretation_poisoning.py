@@ -108,6 +108,10 @@ def adversarial(model: nn.Module, target: Target, how: InterpretationPoisoning) 
     wanted = target.wanted_map[0, 0]
     if how.distance == "squared":
         apart = sum((s - w) ** 2 for s, w in zip(shown, wanted, strict=True)) / len(shown)
+    elif how.distance == "cosine":
+        both = sum(s * w for s, w in zip(shown, wanted, strict=True))
+        lengths = [sum(value**2 for value in values) ** 0.5 for values in (shown, wanted)]
+        apart = 1 - both / (lengths[0] * lengths[1])
     else:
         where = sum(s * w for s, w in zip(shown, wanted, strict=True) if s > 0)
         apart = 1 - where / sum(s.abs() for s in shown)
@@ -198,6 +202,7 @@ def replica(
         {},
         {"explainer": Cam(normalise="min-max")},
         {"distance": "share"},
+        {"distance": "cosine"},
         {"keep_class": 0.0},
         {"momentum": 0.9, "anneal": False},
         {"repeats": 3},

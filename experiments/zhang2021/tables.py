@@ -63,6 +63,7 @@ OF_DOGS: dict[str, dict[str, Any]] = {
             "normalise": "max",
         },
         "epochs": 6,  # a step of GRAD is dear
+        "distance": "cosine",
         "look_ahead": 0.2,
         "look_ahead_steps": 6,
     },

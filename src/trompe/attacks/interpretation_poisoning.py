@@ -48,7 +48,7 @@ from trompe.victims import RECIPE, Encoded, Start, encode, fresh, train_together
 
 __all__ = ["InterpretationPoisoning"]
 
-Distance = Literal["squared", "share"]
+Distance = Literal["squared", "share", "cosine"]
 
 _AT_ONCE = 16  # samples through the frozen part
 
@@ -66,8 +66,9 @@ class InterpretationPoisoning:
     the victims'; its outputs are computed once. None: all is trained.
     lifetime: after as many epochs a model starts anew, one model after the other, so that poisons
     suit every age of a victim; None: never (the paper).
-    distance: of maps in L_adv: "squared" (the paper), or "share": that of the map which is not
-    where it is wanted, whatever its scale.
+    distance: of maps in L_adv: "squared" (the paper), or, whatever the map's scale, "share": that
+    of the map which is not where it is wanted, or "cosine": 1 - cos, which a single high place
+    does not satisfy.
     look_ahead: alpha of eq. (12). preconditioned: look where Adam would go, by which victims are
     trained, as far away as the gradient reaches; the paper goes along the gradient.
     look_ahead_steps: of alpha each, along the gradient where the step before led; None: one (the
@@ -241,6 +242,8 @@ class InterpretationPoisoning:
         maps = self.explainer(seen, classes)  # G_c(T; f; Theta)
         if self.distance == "squared":
             apart = squared_error(maps, wanted)  # |G_c(T) - G|^2
+        elif self.distance == "cosine":
+            apart = 1 - F.cosine_similarity(maps.flatten(1), wanted.flatten(1))
         else:
             shown = (maps.relu() * wanted).sum((1, 2))
             apart = 1 - shown / maps.abs().sum((1, 2)).clamp_min(1e-12)
