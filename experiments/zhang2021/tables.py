@@ -62,10 +62,7 @@ OF_DOGS: dict[str, dict[str, Any]] = {
             "pool": 32,  # to CAM's 7x7
             "normalise": "max",
         },
-        "epochs": 6,  # a step of GRAD is dear
-        "distance": "cosine",
         "look_ahead": 0.2,
-        "look_ahead_steps": 6,
     },
     "cam": {},
 }
