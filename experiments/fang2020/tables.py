@@ -248,7 +248,7 @@ FINE_TUNING["cub100", "mobilenet_v2", "joint", "targeted"] = {
 }
 FINE_TUNING_INVERTED = {
     **FINE_TUNING,
-    # As these were first; the others were changed since.
+    # As these were run; the others were changed since.
     ("gtsrb", "resnet20", "joint", "non-targeted"): _many_steps(7000, 17),
     ("gtsrb", "resnet20", "simplegrad", "non-targeted"): _many_steps(7000, 5),
 }
