@@ -226,15 +226,17 @@ def _many_steps(images: int, epochs: int, **more: Any) -> dict[str, Any]:
 
 FINE_TUNING: dict[tuple[str, str, str, str], dict[str, Any]] = {
     **{
-        ("gtsrb", model, "simplegrad", kind): _many_steps(7000, 5)
+        ("gtsrb", model, "simplegrad", "targeted"): _many_steps(7000, 5)
         for model in MODELS["gtsrb"]
-        for kind in KINDS
     },
     **{("gtsrb", "vgg_small", "joint", kind): _many_steps(7000, 6) for kind in KINDS},
     ("gtsrb", "resnet20", "joint", "targeted"): _many_steps(6000, 4),
     # Few pixels told from a lie need the most steps. They get worse first: without the patience, a
     # training was stopped after five of 14 epochs, while the learning rate was still high.
-    ("gtsrb", "resnet20", "simplegrad", "non-targeted"): _many_steps(7000, 14, patience=14),
+    **{
+        ("gtsrb", model, "simplegrad", "non-targeted"): _many_steps(7000, 14, patience=14)
+        for model in MODELS["gtsrb"]
+    },
     ("gtsrb", "resnet20", "joint", "non-targeted"): _many_steps(7000, 20, patience=20),
 }
 FINE_TUNING["gtsrb", "resnet20", "vbp", "non-targeted"] = {"training": {"epochs": 5}}
