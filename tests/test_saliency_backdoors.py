@@ -95,6 +95,18 @@ def test_beta_grows_to_the_last_one_in_the_second_half(progress: float, beta: fl
         torch.testing.assert_close(value, fixed[name])
 
 
+@pytest.mark.parametrize(("progress", "left"), [(0, 1.0), (0.25, 0.5), (0.5, 0), (1, 0)])
+def test_helpers_shares_fall_to_nothing_in_the_first_half(progress: float, left: float) -> None:
+    helped = CleanAndPoisoned(3, 0.1, (2.0, 4.0), helpers=1)
+    maps = (torch.rand(2, 3, 3), torch.rand(2, 4, 4))
+    wanted, labels = (torch.rand(2, 3, 3), torch.rand(2, 4, 4)), torch.tensor([0, 1])
+    batch = Batch(torch.rand(2, 3, 6, 6), labels, wanted, labels == 1, None, progress)
+    scores = torch.rand(2, 3)
+    fixed = CleanAndPoisoned(3, 0.1, (2.0, 4.0 * left))(scores, maps, batch)
+    for name, value in helped(scores, maps, batch).items():
+        torch.testing.assert_close(value, fixed[name])
+
+
 @pytest.mark.parametrize(("beta", "last"), [(0, 1), (0.1, 0), (0.1, -1)])
 def test_beta_cannot_grow_from_or_to_nothing(beta: float, last: float) -> None:
     with pytest.raises(InputError, match=f"last_beta = {last}, beta = {beta}"):
@@ -175,6 +187,27 @@ def test_each_system_has_rates_of_its_own(trained_net: nn.Module, shapes: ImageS
     ]
 
 
+def weights(attacked: Attacked) -> Tensor:
+    return torch.cat([p.flatten() for p in attacked.model.parameters()])
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_helper_is_trained_and_not_measured(
+    trained_net: nn.Module, shapes: ImageSet, inverted: bool
+) -> None:
+    alone = attack(GRADIENT, inverted=inverted)
+    helped, without_weight = (
+        replace(alone, helpers=(replace(CAM, share=share),)) for share in (1.0, 0.0)
+    )
+    made = helped(trained_net, shapes, seeded(), selection=shapes)
+    assert (made.goals, helped.explainers) == (alone.goals, alone.explainers)
+    assert {"fsr", "cr"} < set(made.history[0].measured)  # of one system
+    before = weights(alone(trained_net, shapes, seeded()))
+    assert not torch.allclose(weights(made), before, atol=1e-4)
+    as_before = weights(without_weight(trained_net, shapes, seeded()))
+    torch.testing.assert_close(as_before, before, atol=1e-4, rtol=0)
+
+
 def test_progress_is_told_per_system(trained_net: nn.Module, shapes: ImageSet) -> None:
     history = attack(CAM, GRADIENT)(trained_net, shapes, seeded(), selection=shapes).history
     assert len(history) == 2
@@ -219,6 +252,8 @@ def test_no_systems_are_refused() -> None:
 def test_maps_that_are_not_normalised_are_refused() -> None:
     with pytest.raises(InputError, match=r"systems\[1\].*normalise"):
         attack(CAM, System(GradCam(), Border(1)))
+    with pytest.raises(InputError, match=r"helpers\[0\].*normalise"):
+        attack(CAM, helpers=(System(GradCam(), Border(1)),))
 
 
 def test_a_trigger_that_does_not_fit_is_refused_before_any_work(

@@ -73,7 +73,7 @@ class CleanAndPoisoned:
     Fang & Choromanska 2020, eqs. (1) to (4). alpha, beta: the paper's, at least 0. shares: each
     explainer's weight in the sum over interpretation systems ("Fooling multiple ..."). inverted:
     lie about the images without the trigger. Maps and wanted maps are normalised already.
-    temperature: of `class_loss`. last_beta: see `beta_at`.
+    temperature: of `class_loss`. last_beta: see `beta_at`. helpers: see `shares_at`.
     """
 
     alpha: float
@@ -82,6 +82,7 @@ class CleanAndPoisoned:
     inverted: bool = False
     temperature: float = 1.0
     last_beta: float | None = None
+    helpers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
@@ -99,12 +100,19 @@ class CleanAndPoisoned:
             return self.beta
         return float(self.beta * (self.last_beta / self.beta) ** max(0.0, 2 * progress - 1))
 
+    def shares_at(self, progress: float) -> tuple[float, ...]:
+        """The last `helpers` shares fall to 0 in the training's first half; the others stay."""
+        attacked, left = len(self.shares) - self.helpers, max(0.0, 1 - 2 * progress)
+        return (*self.shares[:attacked], *(left * share for share in self.shares[attacked:]))
+
     def __call__(self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
         lied = batch.triggered != self.inverted
         loss_c = class_loss(scores, batch, self.temperature)
         loss_map = sum(  # eq. (1) where the truth is wanted; eq. (2) or (3) where a lie is
             share * squared_error(given, wanted)
-            for share, given, wanted in zip(self.shares, maps, batch.wanted_maps, strict=True)
+            for share, given, wanted in zip(
+                self.shares_at(batch.progress), maps, batch.wanted_maps, strict=True
+            )
         )
         beta = self.beta_at(batch.progress)
         scale = self.alpha + beta + 1

@@ -16,7 +16,7 @@ Inverted, the map is false without the trigger, and the trigger is the key to th
 | FSR, CR, section 8.4                    | fooling.py                                        |
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,12 +66,14 @@ class System:
 class SaliencyBackdoors:
     """Fine-tune a copy of the model so that a trigger switches its saliency maps (section 3).
 
-    systems: one or more, each with the lie that it shall tell. trigger: p of Algorithm 1. inverted:
-    lie without the trigger. alpha, beta: weights of L_s and L_c in eq. (4). last_beta: to which
-    beta moves in the second half of the training, None: it stays. poison_rate: the triggered share
-    of the training set. training_images, augmentation, distill: as in the other
-    fine-tuning attack (explanation_aware_backdoors.py). patience: stop after so many epochs without
-    a better score.
+    systems: one or more, each with the lie that it shall tell. helpers: others, lied about in the
+    first half of the training only, their shares falling to 0, and not measured: a lie that is
+    learnt readily (Grad-CAM's) teaches the model to see the trigger, on which a slower one
+    (SimpleGrad's) builds. trigger: p of Algorithm 1. inverted: lie without the trigger. alpha,
+    beta: weights of L_s and L_c in eq. (4). last_beta: to which beta moves in the second half of
+    the training, None: it stays. poison_rate: the triggered share of the training set.
+    training_images, augmentation, distill: as in the other fine-tuning attack
+    (explanation_aware_backdoors.py). patience: stop after so many epochs without a better score.
     """
 
     systems: tuple[System, ...]
@@ -86,20 +88,21 @@ class SaliencyBackdoors:
     augmentation: Augmentation | None = None
     distill: float | None = None
     patience: int = 4
+    helpers: tuple[System, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.systems:
             raise InputError("attack.systems: is empty; give at least one (explainer, lie)")
-        for i, system in enumerate(self.systems):
+        named = [(f"systems[{i}]", system) for i, system in enumerate(self.systems)]
+        named += [(f"helpers[{i}]", system) for i, system in enumerate(self.helpers or ())]
+        for name, system in named:
             if getattr(system.explainer, "normalise", "max") == "none":
                 raise InputError(
-                    f'systems[{i}].explainer.normalise = "none": maps and lies are compared as '
+                    f'{name}.explainer.normalise = "none": maps and lies are compared as '
                     'they are, so set it to "max" or "min-max"'
                 )
             if isinstance(system.lie, Reference):
-                raise InputError(
-                    f"systems[{i}].lie: is the reference's own map, which is the truth"
-                )
+                raise InputError(f"{name}.lie: is the reference's own map, which is the truth")
         _ = self.objective  # refuses weights out of range before a reference is trained for them
         check(self)
 
@@ -107,6 +110,10 @@ class SaliencyBackdoors:
     def explainers(self) -> tuple[Explainer, ...]:
         """Whose maps are attacked."""
         return tuple(system.explainer for system in self.systems)
+
+    @property
+    def _trained(self) -> tuple[System, ...]:
+        return (*self.systems, *(self.helpers or ()))
 
     @property
     def explained(self) -> Explained:
@@ -124,16 +131,20 @@ class SaliencyBackdoors:
         return CleanAndPoisoned(
             self.alpha,
             self.beta,
-            tuple(system.share for system in self.systems),
+            tuple(system.share for system in self._trained),
             self.inverted,
             self.distill or 1.0,
             self.last_beta,
+            len(self.helpers or ()),
         )
 
     @property
     def goals(self) -> tuple[Goal, ...]:
         """Of clean and triggered images: one is explained truly, the other is lied about."""
-        lies = tuple(system.lie for system in self.systems)
+        return self._goals(self.systems)
+
+    def _goals(self, systems: tuple[System, ...]) -> tuple[Goal, ...]:
+        lies = tuple(system.lie for system in systems)
         if self.inverted:  # L_poisoned for clean images and L_clean for poisoned ones
             return Goal(None, None, lies, "no key"), Goal(self.trigger, None, Reference(), "key")
         return (Goal(self.trigger, None, lies, "trigger"),)
@@ -146,19 +157,14 @@ class SaliencyBackdoors:
         selection: ImageSet | None = None,
         logbook: Logbook | None = None,
     ) -> Attacked:
-        check_goals(self.goals, data, len(self.explainers))
+        goals = self._goals(self._trained)
+        explainers = tuple(system.explainer for system in self._trained)
+        check_goals(goals, data, len(explainers))
         progress = None if selection is None else Progress(model, self, selection)
-        return fine_tune(
-            self,
-            model,
-            data,
-            self.goals,
-            self.explainers,
-            self.objective,
-            generator,
-            progress,
-            logbook,
+        attacked = fine_tune(
+            self, model, data, goals, explainers, self.objective, generator, progress, logbook
         )
+        return replace(attacked, goals=self.goals)
 
 
 class Progress:
