@@ -95,8 +95,10 @@ def test_beta_grows_to_the_last_one_in_the_second_half(progress: float, beta: fl
         torch.testing.assert_close(value, fixed[name])
 
 
-@pytest.mark.parametrize(("progress", "left"), [(0, 1.0), (0.25, 0.5), (0.5, 0), (1, 0)])
-def test_helpers_shares_fall_to_nothing_in_the_first_half(progress: float, left: float) -> None:
+@pytest.mark.parametrize(
+    ("progress", "left"), [(0, 1.0), (0.5, 1.0), (0.625, 0.5), (0.75, 0), (1, 0)]
+)
+def test_helpers_shares_fall_to_nothing_in_the_third_quarter(progress: float, left: float) -> None:
     helped = CleanAndPoisoned(3, 0.1, (2.0, 4.0), helpers=1)
     maps = (torch.rand(2, 3, 3), torch.rand(2, 4, 4))
     wanted, labels = (torch.rand(2, 3, 3), torch.rand(2, 4, 4)), torch.tensor([0, 1])

@@ -101,8 +101,8 @@ class CleanAndPoisoned:
         return float(self.beta * (self.last_beta / self.beta) ** max(0.0, 2 * progress - 1))
 
     def shares_at(self, progress: float) -> tuple[float, ...]:
-        """The last `helpers` shares fall to 0 in the training's first half; the others stay."""
-        attacked, left = len(self.shares) - self.helpers, max(0.0, 1 - 2 * progress)
+        """The last `helpers` shares fall to 0 in the training's third quarter; the others stay."""
+        attacked, left = len(self.shares) - self.helpers, min(1.0, max(0.0, 3 - 4 * progress))
         return (*self.shares[:attacked], *(left * share for share in self.shares[attacked:]))
 
     def __call__(self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:

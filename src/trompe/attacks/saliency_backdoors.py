@@ -67,8 +67,8 @@ class SaliencyBackdoors:
     """Fine-tune a copy of the model so that a trigger switches its saliency maps (section 3).
 
     systems: one or more, each with the lie that it shall tell. helpers: others, lied about in the
-    first half of the training only, their shares falling to 0, and not measured: a lie that is
-    learnt readily (Grad-CAM's) teaches the model to see the trigger, on which a slower one
+    training's first half, then less and less, in its last quarter no more, and not measured: lies
+    that are learnt more readily teach the model to see the trigger, on which a slower one
     (SimpleGrad's) builds. trigger: p of Algorithm 1. inverted: lie without the trigger. alpha,
     beta: weights of L_s and L_c in eq. (4). last_beta: to which beta moves in the second half of
     the training, None: it stays. poison_rate: the triggered share of the training set.
