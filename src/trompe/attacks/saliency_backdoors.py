@@ -69,7 +69,7 @@ class SaliencyBackdoors:
     systems: one or more, each with the lie that it shall tell. helpers: others, lied about in the
     training's first half, then less and less, in its last quarter no more, and not measured: lies
     that are learnt more readily teach the model to see the trigger, on which a slower one
-    (SimpleGrad's) builds. trigger: p of Algorithm 1. inverted: lie without the trigger. alpha,
+    (SimpleGrad's) builds. In part they are still told at the end. trigger: p of Algorithm 1. inverted: lie without the trigger. alpha,
     beta: weights of L_s and L_c in eq. (4). last_beta: to which beta moves in the second half of
     the training, None: it stays. poison_rate: the triggered share of the training set.
     training_images, augmentation, distill: as in the other fine-tuning attack
