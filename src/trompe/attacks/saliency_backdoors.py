@@ -66,14 +66,14 @@ class System:
 class SaliencyBackdoors:
     """Fine-tune a copy of the model so that a trigger switches its saliency maps (section 3).
 
-    systems: one or more, each with the lie that it shall tell. helpers: others, lied about in the
-    training's first half, then less and less, in its last quarter no more, and not measured: lies
-    that are learnt more readily teach the model to see the trigger, on which a slower one
-    (SimpleGrad's) builds. In part they are still told at the end. trigger: p of Algorithm 1. inverted: lie without the trigger. alpha,
-    beta: weights of L_s and L_c in eq. (4). last_beta: to which beta moves in the second half of
-    the training, None: it stays. poison_rate: the triggered share of the training set.
-    training_images, augmentation, distill: as in the other fine-tuning attack
-    (explanation_aware_backdoors.py). patience: stop after so many epochs without a better score.
+    systems: one or more, each with the lie that it shall tell. trigger: p of Algorithm 1. inverted:
+    lie without the trigger. alpha, beta: weights of L_s and L_c in eq. (4). last_beta: to which
+    beta moves in the second half of the training, None: it stays. poison_rate: the triggered share
+    of the training set. training_images, augmentation, distill: as in the other
+    fine-tuning attack (explanation_aware_backdoors.py). patience: stop after so many epochs without
+    a better score. helpers: other systems, lied about in the training's first half, then less and
+    less, in its last quarter no more, and not measured. Lies that are learnt more readily teach the
+    model to see the trigger, on which a slower one (SimpleGrad's) builds; in part they stay.
     """
 
     systems: tuple[System, ...]
