@@ -66,6 +66,16 @@ def test_the_pages_are_made_from_the_rows(paper: Paper) -> None:
             assert RESULTS.file(paper, table).with_suffix(".md").read_text("utf-8") == made
 
 
+def test_no_result_names_a_path_of_one_machine() -> None:
+    found = [
+        f"{file.name}: {command}"
+        for file in RESULTS.folder.rglob("*.json")
+        for command in re.findall(r'"command": "(.*)"', file.read_text("utf-8"))
+        if re.search(r"(^|[\s=])/", command)
+    ]
+    assert not found
+
+
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.name)
 def test_the_readmes_block_is_made_from_the_rows(paper: Paper) -> None:
     assert put_between(README, paper.name, RESULTS.readme_block(paper)) == README

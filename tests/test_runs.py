@@ -340,6 +340,15 @@ def test_provenance_says_where_and_with_what_in_plain_json() -> None:
         assert key in made
 
 
+def test_the_command_is_told_without_where_things_lie_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["replicate", "table1", "a/b", "--data", "/one/machines/data", "--root=/its/runs/"]
+    monkeypatch.setattr("sys.argv", ["/one/bin/trompe", *words])
+    made = provenance(torch.device("cpu"))
+    assert made["command"] == "trompe replicate table1 a/b --data data --root=runs"
+
+
 def test_the_commit_is_unknown_outside_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # no git either
     runs._commit.cache_clear()

@@ -290,7 +290,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "trompe": importlib.metadata.version("trompe"),
         "commit": _commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_anywhere, sys.argv[1:])]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -300,6 +300,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": count(),
     }
+
+
+def _anywhere(word: str) -> str:
+    """A word of a command; an absolute path, which only this machine has, by its last name."""
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else word
 
 
 @functools.cache  # the code that was loaded, not what has been edited since
