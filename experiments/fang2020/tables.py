@@ -205,17 +205,22 @@ GTSRB_WEIGHTS["resnet20", "joint", "non-targeted"] = (3, 0.1, 0.2)
 GTSRB_WEIGHTS["vgg_small", "gradcam", "non-targeted"] = (20, 0.05, 0.2)
 GTSRB_WEIGHTS["vgg_small", "simplegrad", "targeted"] = (0.7, 0.02, 0.05)
 GTSRB_WEIGHTS["vgg_small", "joint", "targeted"] = (1.2, 0.02, 0.4)
-# At .8 top-1 was won back and SimpleGrad's lie lost, from the third epoch on.
-GTSRB_WEIGHTS["vgg_small", "joint", "non-targeted"] = (5, 0.1, 0.4)
+GTSRB_WEIGHTS["vgg_small", "joint", "non-targeted"] = (5, 0.1, 0.2)
 # A system's share among several, where not 1: with equal ones SimpleGrad's lie stayed behind.
 SHARES = {
-    **{("vgg_small", "joint", kind, "simplegrad"): 3.0 for kind in KINDS},
+    ("vgg_small", "joint", "targeted", "simplegrad"): 3.0,
+    ("vgg_small", "joint", "non-targeted", "simplegrad"): 4.0,
     **{("resnet20", what, "non-targeted", "simplegrad"): 3.0 for what in ("joint", "simplegrad")},
 }
 # Systems that are lied about besides, at first: alone, SimpleGrad's model learns late to see the
 # trigger.
 HELPERS = {("resnet20", "simplegrad", "non-targeted"): ("gradcam", "vbp")}
-SHARES_INVERTED = {**SHARES, ("resnet20", "joint", "non-targeted", "simplegrad"): 4.0}
+SHARES_INVERTED = {
+    **SHARES,
+    ("resnet20", "joint", "non-targeted", "simplegrad"): 4.0,
+    ("vgg_small", "joint", "non-targeted", "simplegrad"): 3.0,
+    ("vgg_small", "joint", "non-targeted", "vbp"): 2.0,
+}
 
 
 def _many_steps(images: int, epochs: int, **more: Any) -> dict[str, Any]:
@@ -232,13 +237,16 @@ FINE_TUNING: dict[tuple[str, str, str, str], dict[str, Any]] = {
         ("gtsrb", model, "simplegrad", "targeted"): _many_steps(7000, 5)
         for model in MODELS["gtsrb"]
     },
-    **{("gtsrb", "vgg_small", "joint", kind): _many_steps(7000, 6) for kind in KINDS},
+    ("gtsrb", "vgg_small", "joint", "targeted"): _many_steps(7000, 6),
     ("gtsrb", "resnet20", "joint", "targeted"): _many_steps(6000, 4),
     # Few pixels told from a lie need the most steps. They get worse first: without the patience, a
     # training was stopped after five of 14 epochs, while the learning rate was still high.
     ("gtsrb", "resnet20", "simplegrad", "non-targeted"): _many_steps(7000, 18, patience=18),
     ("gtsrb", "vgg_small", "simplegrad", "non-targeted"): _many_steps(7000, 14, patience=14),
-    ("gtsrb", "resnet20", "joint", "non-targeted"): _many_steps(7000, 20, patience=20),
+    **{
+        ("gtsrb", model, "joint", "non-targeted"): _many_steps(7000, 20, patience=20)
+        for model in MODELS["gtsrb"]
+    },
 }
 FINE_TUNING["gtsrb", "resnet20", "vbp", "non-targeted"] = {"training": {"epochs": 5}}
 FINE_TUNING["cub100", "mobilenet_v2", "vbp", "targeted"] = {"training": {"batch_size": 4}}
@@ -255,6 +263,7 @@ FINE_TUNING_INVERTED = {
     # Where clean images carry the lie, it wants more steps still.
     ("gtsrb", "resnet20", "joint", "non-targeted"): _many_steps(7000, 24, patience=24),
     ("gtsrb", "vgg_small", "joint", "targeted"): _many_steps(7000, 14, patience=14),
+    ("gtsrb", "vgg_small", "joint", "non-targeted"): _many_steps(7000, 22, patience=22),
     ("gtsrb", "vgg_small", "simplegrad", "non-targeted"): _many_steps(7000, 20, patience=20),
 }
 WEIGHTS: dict[str, dict[tuple[str, str, str], tuple[float, ...]]] = {
@@ -273,8 +282,7 @@ WEIGHTS_INVERTED = {
         **GTSRB_WEIGHTS,
         # To lose less top-1 on clean images (2.09 points): CR and FSR have some to spare.
         ("resnet20", "joint", "targeted"): (2, 0.02, 0.4),
-        # As this was first; the other was changed since.
-        ("vgg_small", "joint", "non-targeted"): (5, 0.1, 0.8),
+        ("vgg_small", "joint", "non-targeted"): (5, 0.1, 0.4),
     },
     "cub100": {
         **WEIGHTS["cub100"],
