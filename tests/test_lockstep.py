@@ -1,6 +1,7 @@
 """K networks as one are K networks."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -159,6 +160,7 @@ def test_training_together_is_training_each_alone(table: TableSet, optimizer: An
         optimizer=optimizer,
         schedule="constant",
         weight_decay=1e-2,
+        label_smoothing=0.1,
         precision="float32",
     )
     lockstep = Lockstep(networks)
@@ -173,7 +175,7 @@ def test_training_together_is_training_each_alone(table: TableSet, optimizer: An
             blocks = zip(batch.images.chunk(K), batch.labels.chunk(K), strict=True)
             for network, stepper, (rows, labels) in zip(alone, optimizers, blocks, strict=True):
                 stepper.zero_grad()
-                F.cross_entropy(network(rows), labels).backward()
+                F.cross_entropy(network(rows), labels, label_smoothing=0.1).backward()
                 stepper.step()
     for k, network in enumerate(alone):
         trained = dict(lockstep.network(k).named_parameters())
@@ -215,6 +217,16 @@ def test_networks_in_training_run_as_if_in_use() -> None:
     rows = torch.rand(1, 8, 5)
     lockstep = Lockstep([network.train()]).train()
     torch.testing.assert_close(lockstep.scores(lockstep.now, rows)[0], network.eval()(rows[0]))
+
+
+def test_what_lock_step_cannot_do_is_refused(siblings: list[nn.Module], shapes: ImageSet) -> None:
+    how = Training(epochs=1, batch_size=24, learning_rate=0.05, clip=1.0)
+    with pytest.raises(InputError, match=r"training\.clip = 1: victims have none; leave it out"):
+        train_together(Lockstep(siblings), (shapes,), how, torch.Generator())
+    lockstep = Lockstep(siblings, frozen_until="body")
+    how = dataclasses.replace(how, clip=None)
+    with pytest.raises(InputError, match=r"noise = 0\.1: what lies before 'body' is run once"):
+        train_together(lockstep, (shapes,), how, torch.Generator(), noise=0.1)
 
 
 # --- a frozen part --------------------------------------------------------------------------------

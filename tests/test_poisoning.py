@@ -242,6 +242,25 @@ def test_data_that_have_changed_since_are_refused(folder: RunFolder) -> None:
     assert not list(folder.path.glob("victims-*"))
 
 
+def test_training_rows_that_have_changed_since_are_refused(tmp_path: Path) -> None:
+    """Though the targets, which are no training rows, are where they were."""
+    file = tmp_path / "rows.csv"
+    values = torch.rand(120, 3, generator=torch.Generator().manual_seed(0)).tolist()
+    lines = [f"{a},{b},{c},{'yes' if a > b else 'no'}" for a, b, c in values]
+    file.write_text("\n".join(["a,b,c,ill", *lines]) + "\n")
+    data = {"kind": "table", "file": str(file), "outcome": "ill", "held_out": 0.5}
+    made = poison(small(data=data, targets=1), tmp_path / "runs")
+    file.write_text(file.read_text() + "0.1,0.2,0.3,no\n")
+    with pytest.raises(InputError, match=r"data\.file: what lies there has changed since"):
+        victims_of(made)
+    assert not list(made.path.glob("victims-*"))
+
+
+def test_a_model_that_takes_no_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model 'resnet18': cannot take rows of 30 numbers"):
+        poison(small(model={"name": "resnet18"}), tmp_path)
+
+
 def test_too_few_bases_leave_nothing_behind(tmp_path: Path) -> None:
     attack = {**SMALL["attack"], "poison_rate": 0.9, "bases": "class"}
     with pytest.raises(InputError, match="asks for 461 different samples of class"):

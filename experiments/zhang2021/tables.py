@@ -75,10 +75,10 @@ AS_IN_THE_PAPER: dict[str, Any] = {  # section 4, and our defaults where it is s
 }
 CHANGED: dict[str, dict[str, Any]] = {
     "as in the paper": AS_IN_THE_PAPER,
-    "squared distance": {"distance": "squared"},
+    "squared distance, the paper's alpha": {"distance": "squared", "look_ahead": 1e-3},
     "copies of the target": {"bases": "target"},
     "random bases of the class": {"bases": "class"},
-    "models never start anew": {"lifetime": None, "epochs": 20},
+    "models never start anew, 20 epochs": {"lifetime": None, "epochs": 20},
     "categories stay": {"categories": "fixed"},
 }
 CHANGED_OF_DOGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -133,7 +133,7 @@ def cells(data: str, part: str, usual: Victims, interpreter: str) -> Iterator[Ce
             ("none", {}),
             ("wm", {}),
             ("imf", {}),
-            ("eq4", {"bilevel": False}),
+            ("eq4", {"bilevel": False, "models": 1}),  # all K would stay the clean model
         ):
             if not (dogs and attack == "eq4"):
                 yield Cell(attack, settings, usual)
@@ -226,6 +226,7 @@ def row(
         "jaccard_top20_unattacked": unattacked["jaccard_top20"],
         "jaccard_half_unattacked": unattacked["jaccard_half"],
         "class_kept": measured["class_kept"],
+        "degenerate": measured["degenerate"],
         "victim_accuracy": measured["victim_accuracy"],
         "clean_victim_accuracy": unattacked["victim_accuracy"],
         "succeeded": succeeded(unattacked, measured),
@@ -271,11 +272,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "standard deviation over both. In brackets the same victims, un-attacked. Succeeded: the "
         f"share of targets whose mean L1 is at most {SUCCEEDED} of its un-attacked mean. Class "
         "kept: share of victims that predict the target's class. Accuracy: victims', beside "
-        "un-attacked ones'.",
+        "un-attacked ones'. Empty: share of degenerate maps (—: not counted).",
         "",
         "| data, interpreter | attack | poisons | K | victims | L1 | of un-attacked | Jaccard, top "
-        "20 % | Jaccard, > .5 | succeeded | class kept | accuracy |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "20 % | Jaccard, > .5 | succeeded | class kept | accuracy | empty |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     order = ("none", "wm", "eq4", "imf")
     for r in sorted(
@@ -301,9 +302,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"| {r['jaccard_top20']:.2f} ({r['jaccard_top20_unattacked']:.2f}) "
             f"| {r['jaccard_half']:.2f} ({r['jaccard_half_unattacked']:.2f}) "
             f"| {100 * r['succeeded']:.0f} % | {100 * r['class_kept']:.1f} % "
-            f"| {100 * r['victim_accuracy']:.2f} ({100 * r['clean_victim_accuracy']:.2f}) |"
+            f"| {100 * r['victim_accuracy']:.2f} ({100 * r['clean_victim_accuracy']:.2f}) "
+            f"| {percent(r.get('degenerate'))} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def percent(share: float | None) -> str:
+    return "—" if share is None else f"{100 * share:.0f} %"
 
 
 def who(r: dict[str, Any]) -> str:

@@ -124,6 +124,15 @@ def build_table_model(spec: ModelSpec, data: TableSet) -> Classifier:
     a model that takes no num_features.
     """
     net = _new_network(spec.name, len(data.class_names), num_features=data.features.shape[1])
+    with torch.no_grad():
+        try:
+            net.eval()(data.features[:2].float())
+        except RuntimeError as error:
+            raise InputError(
+                f"model {spec.name!r}: cannot take rows of {data.features.shape[1]} numbers "
+                f"({str(error).splitlines()[0]}); name one for tables, mlp for instance"
+            ) from error
+    net.train()
     if spec.weights is not None:
         _start_from(net, read_weights(Path(spec.weights)), spec.weights)
     classifier = Classifier(net, (0.0,), (1.0,))

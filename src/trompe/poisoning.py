@@ -42,6 +42,7 @@ from trompe.interfaces import (
 from trompe.lockstep import Lockstep
 from trompe.maps import normalise
 from trompe.metrics.accuracy import accuracy
+from trompe.metrics.degenerate_map import degenerate_map
 from trompe.metrics.jaccard_half import jaccard_half
 from trompe.metrics.jaccard_top20 import jaccard_top20
 from trompe.metrics.min_max_l1 import min_max_l1
@@ -64,6 +65,7 @@ METRICS = {
     "jaccard_top20": jaccard_top20,
     "jaccard_half": jaccard_half,
     "class_kept": accuracy,  # the explained class is the target's own
+    "degenerate": degenerate_map,
 }
 SUCCEEDED = (
     0.8  # an attack on a target did, if its mean L1 is at most this share of the un-attacked
@@ -186,6 +188,13 @@ def set_up_again(
     InputError if the data are no longer the same.
     """
     (screen or Silent()).stage("reading data")
+    there = catalog.contents(experiment)
+    for key, digest in folder.inputs.items():
+        if key in there and there[key] != digest:
+            raise InputError(
+                f"{key}: what lies there has changed since the poisons were made "
+                f"({folder.path / 'inputs.json'}); bring it back, or craft the poisons again"
+            )
     train, test = _data(experiment)
     clean = _untrained(experiment.model, train, experiment.seed)
     clean.load_state_dict(folder.read_tensors("clean"))

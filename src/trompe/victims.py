@@ -190,9 +190,13 @@ class EachClassLoss:
     """The sum over networks in lock-step of each one's mean cross-entropy: none feels another."""
 
     networks: int
+    smoothing: float = 0.0
 
     def __call__(self, scores: Tensor, maps: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
-        return {"prediction": self.networks * F.cross_entropy(scores, batch.labels)}
+        return {
+            "prediction": self.networks
+            * F.cross_entropy(scores, batch.labels, label_smoothing=self.smoothing)
+        }
 
 
 def train_together(
@@ -203,7 +207,18 @@ def train_together(
     logbook: Logbook | None = None,
     noise: float = 0.0,
 ) -> list[EpochRecord]:
-    """Train networks in place, honestly, each as if alone; see `LockstepBatches` for the rest."""
+    """Train networks in place, honestly, each as if alone; see `LockstepBatches` for the rest.
+
+    As `Lockstep` runs them: BatchNorm's statistics stay as they are, and dropout is off. Raises
+    InputError for `clip`, which would take all networks' gradients as one.
+    """
+    if how.clip is not None:
+        raise InputError(f"training.clip = {how.clip:g}: victims have none; leave it out")
+    if noise and networks.frozen_until is not None:
+        raise InputError(
+            f"noise = {noise:g}: what lies before {networks.frozen_until!r} is run once, without "
+            "noise; set victims.whole = true, or noise = 0"
+        )
     batches = LockstepBatches(tuple(data), networks.count, how.batch_size, noise)
-    objective = EachClassLoss(networks.count)
+    objective = EachClassLoss(networks.count, how.label_smoothing)
     return list(fit(networks, batches, objective, (), how, generator, None, logbook))

@@ -29,7 +29,7 @@ PERFECT_AND_NULL = {
     "attack_success": (1, 0),
     "degenerate_map": (0, 1),
     "jaccard_half": (1, 0),
-    "jaccard_top20": (1, LESS),
+    "jaccard_top20": (1, 0),
     "map_distance": (0, 1),
     "map_l1": (0, MORE),
     "min_max_l1": (0, MORE),
@@ -167,6 +167,14 @@ def test_jaccard_top20_compares_the_two_highest_of_ten_places() -> None:
     assert jaccard_top20(maps_by_hand(given, wanted)).item() == pytest.approx(1 / 3)
     assert jaccard_top20(maps_by_hand(wanted, wanted)).item() == 1
     assert jaccard_top20(maps_by_hand(given[::-1], wanted)).item() == 0  # 4 and 8
+
+
+def test_jaccard_top20_takes_no_place_that_is_as_low_as_the_lowest() -> None:
+    """A wanted region may be smaller than a fifth."""
+    given = [0.0, 9.0, 0.0, 0.0, 0.0, 7.0, 0.0, 0.0, 0.0, 0.0]
+    wanted = [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert jaccard_top20(maps_by_hand(given, wanted)).item() == pytest.approx(1 / 2)
+    assert jaccard_top20(maps_by_hand([0.0] * 10, wanted)).item() == 0
 
 
 def test_jaccard_half_compares_what_lies_above_the_middle_of_each_map() -> None:
