@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from trompe.attacks._bases import choose_bases
-from trompe.attacks.interpretation_poisoning import InterpretationPoisoning, _as_adam_steps
+from trompe.attacks.interpretation_poisoning import (
+    InterpretationPoisoning,
+    _as_adam_steps,
+    _mini_batches,
+    _Optimizers,
+)
 from trompe.explainers.cam import Cam
 from trompe.explainers.input_gradient import InputGradient
 from trompe.interfaces import Explainer, InputError, PoisonSet, TableSet, Target
@@ -107,7 +112,7 @@ def adversarial(model: nn.Module, target: Target, how: InterpretationPoisoning) 
     shown = map_of(model, target.sample[0], target.label, how.explainer)
     wanted = target.wanted_map[0, 0]
     if how.distance == "squared":
-        apart = sum((s - w) ** 2 for s, w in zip(shown, wanted, strict=True)) / len(shown)
+        apart = sum((s - w) ** 2 for s, w in zip(shown, wanted, strict=True))
     elif how.distance == "cosine":
         both = sum(s * w for s, w in zip(shown, wanted, strict=True))
         lengths = [sum(value**2 for value in values) ** 0.5 for values in (shown, wanted)]
@@ -302,29 +307,49 @@ def test_models_start_anew_one_after_the_other(
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_model_that_starts_anew_has_no_momentum(
-    model: nn.Module, rows: TableSet, optimizer: Any
-) -> None:
+def test_a_model_that_starts_anew_is_trained_as_one_that_starts(optimizer: Any) -> None:
+    """However often the others have stepped, which sets how far Adam goes."""
+    start = mlp(3, 5, hidden=6).double()
+    how = dataclasses.replace(SGD, optimizer=optimizer)
+    stacked, alone = Lockstep([start, start]), copy.deepcopy(start)
+    together, one = _Optimizers(stacked, how), make_optimizer(alone, how)
+    rows, labels = torch.rand(2, 4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+
+    def step() -> None:
+        scores = stacked.scores(stacked.now, rows)
+        together.step(torch.stack([nn.functional.cross_entropy(s, labels) for s in scores]))
+
+    for _ in range(5):
+        step()
+    untouched = {name: value[0].clone() for name, value in stacked.now.items()}
+    stacked.replace(1, start)
+    together.forget(1)
+    assert all(torch.equal(stacked.now[name][0], value) for name, value in untouched.items())
+    for _ in range(3):
+        step()
+        one.zero_grad()
+        nn.functional.cross_entropy(alone(rows[1]), labels).backward()
+        one.step()
+        for name, value in alone.named_parameters():
+            torch.testing.assert_close(stacked.now[name][1], value.detach(), rtol=0, atol=1e-12)
+
+
+def test_models_of_one_start_do_not_stay_alike(model: nn.Module, rows: TableSet) -> None:
+    """Each sees the clean samples in an order of its own."""
     logbook = Keeps()
-    recipe = dataclasses.replace(SGD, optimizer=optimizer, weight_decay=0.0)
-    attack = attack_with(lifetime=2, epochs=2, recipe=recipe, start="clean model")
-    crafted(attack, model, rows, logbook)
-    kept = logbook.states[1]
-    given = [p.detach() for _, p in sorted(model.named_parameters())]
-    first = logbook.states[0]
-    key = "momentum_buffer" if optimizer == "sgd" else "exp_avg"
-    for p, start in enumerate(given):
-        buffer, old = (state["optimizer"]["state"][p][key] for state in (kept, first))
-        weights = list(kept["networks"].values())[p]
-        # Models 1 and 3 have just been renewed: they have taken one step from the clean model.
-        for number in (1, 3):
-            if optimizer == "sgd":
-                gradient = (start - weights[number]) / 0.2 / 1.9
-                torch.testing.assert_close(buffer[number], gradient)
-            else:  # a tenth of the one gradient, and nothing of what came before
-                squares = kept["optimizer"]["state"][p]["exp_avg_sq"][number]
-                torch.testing.assert_close(squares, 1e-3 * (10 * buffer[number]) ** 2)
-        assert old[0].any() or p == 0
+    recipe = dataclasses.replace(SGD, batch_size=10)
+    crafted(attack_with(start="clean model", recipe=recipe), model, rows, logbook)
+    assert not same(logbook.networks(1, 0), logbook.networks(1, 1))
+
+
+def test_each_model_sees_every_sample_once_an_epoch() -> None:
+    how = dataclasses.replace(SGD, batch_size=10)
+    parts = list(_mini_batches(25, 4, 3, how, seeded()))
+    assert [clean.shape for clean, _ in parts] == [(3, 9), (3, 8), (3, 8)]
+    seen = torch.cat([clean for clean, _ in parts], 1)
+    assert all(sorted(order.tolist()) == list(range(25)) for order in seen)
+    assert not torch.equal(seen[0], seen[1])
+    assert sorted(torch.cat([ours for _, ours in parts]).tolist()) == [0, 1, 2, 3]
 
 
 def test_preconditioned_looks_where_adam_goes() -> None:
@@ -332,23 +357,26 @@ def test_preconditioned_looks_where_adam_goes() -> None:
     networks = [mlp(3, 5, hidden=6).double().eval() for _ in range(2)]
     stacked = Lockstep(networks)
     how = dataclasses.replace(SGD, optimizer="adam", learning_rate=0.01, weight_decay=0.0)
-    together = make_optimizer(stacked, how)
-    for value in stacked.parameters():
-        value.grad = torch.randn_like(value)
+    together = _Optimizers(stacked, how)
     given = {name: torch.randn_like(value) for name, value in stacked.now.items()}
-    assert _as_adam_steps(given, stacked, together) is given  # Adam knows nothing yet
+    unchanged = _as_adam_steps(given, together)  # Adam knows nothing yet
+    for name, value in given.items():
+        torch.testing.assert_close(unchanged[name], value)
+    stepped = {name: torch.randn_like(value) for name, value in stacked.now.items()}
+    together.step(sum((v * stepped[n]).flatten(1).sum(1) for n, v in stacked.now.items()))
+    together.forget(0)
+    found = _as_adam_steps(given, together)
+    for name, value in given.items():
+        torch.testing.assert_close(found[name][0], value[0])
     # After one step the running mean of squares is a thousandth of the square.
-    before = {n: 1e-3 * stacked.leaf(n).grad.square() for n in given}
-    together.step()
-    found = _as_adam_steps(given, stacked, together)
-    for k in range(2):
-        wanted = {n: g[k] / (before[n][k].sqrt() + how.adam_epsilon) for n, g in given.items()}
-        lengths = [
-            torch.cat([v.flatten() for v in one.values()]).norm()
-            for one in ({n: g[k] for n, g in given.items()}, wanted)
-        ]
-        for name, value in wanted.items():
-            torch.testing.assert_close(found[name][k], value * lengths[0] / lengths[1])
+    roots = {n: (1e-3 * g[1].square()).sqrt() + how.adam_epsilon for n, g in stepped.items()}
+    wanted = {n: g[1] / roots[n] for n, g in given.items()}
+    lengths = [
+        torch.cat([v.flatten() for v in one.values()]).norm()
+        for one in ({n: g[1] for n, g in given.items()}, wanted)
+    ]
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name][1], value * lengths[0] / lengths[1])
 
 
 def test_preconditioned_makes_other_poisons(model: nn.Module, rows: TableSet) -> None:
@@ -423,6 +451,16 @@ def test_bases_are_what_was_asked_for(rows: TableSet) -> None:
         ({"lifetime": 0}, "lifetime = 0: must be at least 1"),
         ({"repeats": 0}, "repeats = 0: must be at least 1"),
         ({"look_ahead_steps": 0}, "look_ahead_steps = 0: must be at least 1"),
+        ({"look_ahead": 0.0}, "look_ahead = 0.0: is a step's length; must be positive"),
+        ({"look_ahead": float("nan")}, "look_ahead = nan: is a step's length; must be positive"),
+        ({"step": -0.01}, "step = -0.01: is a step's length; must be positive"),
+        ({"pretraining": -1}, "pretraining = -1: must be at least 0"),
+        ({"momentum": -3.0}, "momentum = -3.0: must be at least 0, and finite"),
+        ({"stay_close": float("inf")}, "stay_close = inf: must be at least 0, and finite"),
+        (
+            {"recipe": dataclasses.replace(SGD, clip=1.0)},
+            "recipe.clip = 1.0: crafting has none; leave it out",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str) -> None:

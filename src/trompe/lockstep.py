@@ -83,10 +83,14 @@ class Lockstep(nn.Module):
         """The parameters as they are, by the networks' names."""
         return {name.replace("/", "."): value for name, value in self.stacked.items()}
 
-    def leaf(self, name: str) -> nn.Parameter:
-        """What an optimizer knows as the stacked parameter of that name."""
-        leaf: nn.Parameter = self.stacked[name.replace(".", "/")]
-        return leaf
+    def apart(self) -> dict[str, list[nn.Parameter]]:
+        """Each network's own parameters by name, in the same memory, for an optimizer.
+
+        They get no gradients: hand each network its part of the stacked ones.
+        """
+        return {
+            name: [nn.Parameter(own) for own in value.detach()] for name, value in self.now.items()
+        }
 
     def encode(self, inputs: Tensor) -> Tensor:
         """What the part takes that differs between the networks: inputs (n, ...), or features."""

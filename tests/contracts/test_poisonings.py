@@ -160,6 +160,9 @@ def test_samples_stay_near_their_bases(name: str, scene: Scene) -> None:
         for one in scene._replace(attack=attack).craft():
             moved = (one.samples - one.bases).abs().max().item()
             assert 0.5 * epsilon < moved < epsilon + 1e-6  # as far as it may, but no farther
+            if one.samples.ndim == 4:  # nor as image files hold them
+                kept = (one.samples * 255).round() / 255
+                assert (kept - one.bases).abs().max().item() < epsilon + 1e-6
 
 
 def test_the_same_seed_gives_the_same_bits(name: str, scene: Scene) -> None:

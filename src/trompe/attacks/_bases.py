@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trompe.interfaces import InputError, Samples, TableSet, Target
+from trompe.interfaces import ImageSet, InputError, Samples, TableSet, Target
 
 Bases = Literal["target", "class", "near", "both"]
 Categories = Literal["free", "fixed"]
@@ -46,9 +46,14 @@ def feasible(
     """The lowest and highest values of poisons (..., n, *sample): epsilon around their bases.
 
     In [0, 1], which is a table column's range in the training set. categories: a table's columns
-    that are no numbers stay as they are if "fixed"; "free": they move as the others do.
+    that are no numbers stay as they are if "fixed"; "free": they move as the others do. Images are
+    kept in 8 bits: a bound is the last such value within epsilon, or rounding would pass it.
     """
     lowest, highest = (bases - epsilon).clamp(0, 1), (bases + epsilon).clamp(0, 1)
+    if isinstance(data, ImageSet):
+        # A thousandth of a step, as floats of the bases' own values lie that near to them.
+        lowest = (lowest * 255 - 1e-3).ceil() / 255
+        highest = (highest * 255 + 1e-3).floor() / 255
     if isinstance(data, TableSet) and categories == "fixed":
         lowest = torch.where(data.numeric, lowest, bases)
         highest = torch.where(data.numeric, highest, bases)

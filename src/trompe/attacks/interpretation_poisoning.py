@@ -18,6 +18,8 @@ explain one chosen sample T as the adversary likes. Models and samples are updat
 | eq. (4), without retraining                      | `bilevel = False`                       |
 """
 
+import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +43,7 @@ from trompe.interfaces import (
 )
 from trompe.lockstep import Lockstep, Parameters
 from trompe.machine import autocast
-from trompe.maps import full_precision, squared_error
+from trompe.maps import full_precision
 from trompe.second_derivatives import fast_second_derivatives
 from trompe.train import Training, make_optimizer
 from trompe.victims import RECIPE, Encoded, Start, encode, fresh, train_together
@@ -60,15 +62,18 @@ class InterpretationPoisoning:
     explainer: whose map lies; give it a normalisation, so that L_adv compares maps in [0, 1].
     poison_rate: n, as a share of the training set. bases, epsilon, categories: what the poisons
     are made from, and how far they may be from it; see `choose_bases` and `feasible`.
-    models: K. epochs: E. recipe: how the K models train, and how victims are expected to. start:
-    from where. pretraining: epochs on the clean set before; 0: crafting begins where victims begin.
+    models: K; each sees the clean samples in an order of its own. epochs: E. recipe: how the K
+    models train, and how victims are expected to; but its rate stays constant, as models of all
+    ages are wanted, and BatchNorm's statistics stay as they are. start: from where; "clean model":
+    all K from the same weights, other than the paper's. pretraining: epochs on the clean set
+    before; 0: crafting begins where victims begin.
     frozen_until: the layer up to which no network is trained, neither here nor, as one hopes, at
     the victims'; its outputs are computed once. None: all is trained.
     lifetime: after as many epochs a model starts anew, one model after the other, so that poisons
     suit every age of a victim; None: never (the paper).
-    distance: of maps in L_adv: "squared" (the paper), or, whatever the map's scale, "share": that
-    of the map which is not where it is wanted, or "cosine": 1 - cos, which a single high place
-    does not satisfy.
+    distance: of maps in L_adv: "squared" (the paper; summed over places), or, whatever the map's
+    scale, "share": that of the map which is not where it is wanted, or "cosine": 1 - cos, which a
+    single high place does not satisfy.
     look_ahead: alpha of eq. (12). preconditioned: look where Adam would go, by which victims are
     trained, as far away as the gradient reaches; the paper goes along the gradient.
     look_ahead_steps: of alpha each, along the gradient where the step before led; None: one (the
@@ -118,6 +123,15 @@ class InterpretationPoisoning:
         for name in ("models", "epochs", "lifetime", "look_ahead_steps", "repeats"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} = {value}: must be at least 1")
+        for name in ("look_ahead", "step"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} = {value}: is a step's length; must be positive")
+        for name in ("pretraining", "momentum", "keep_class", "stay_close"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise InputError(f"{name} = {value}: must be at least 0, and finite")
+        for name in ("clip", "softplus_beta", "label_smoothing", "frozen"):
+            if value := getattr(self.recipe, name):
+                raise InputError(f"recipe.{name} = {value!r}: crafting has none; leave it out")
         if self.preconditioned and self.recipe.optimizer != "adam":
             raise InputError(
                 f'preconditioned = true with recipe.optimizer = "{self.recipe.optimizer}": only '
@@ -148,13 +162,13 @@ class InterpretationPoisoning:
             frozen_until=self.frozen_until,
         )
         encoded = encode(networks, data)
-        optimizer = make_optimizer(networks, self.recipe)
+        optimizer = _Optimizers(networks, self.recipe)
         repeats = self.repeats or 1
         history: list[EpochRecord] = []
         if logbook is not None and (state := logbook.load()) is not None:
             poisons, speed = state["poisons"], state["speed"]
             networks.load_state_dict(state["networks"])
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer.optimizer.load_state_dict(state["optimizer"])
             generator.set_state(state["generator"])
             history = [EpochRecord(*record) for record in state["history"]]
         elif self.pretraining:
@@ -166,7 +180,9 @@ class InterpretationPoisoning:
             self._renew(networks, optimizer, model, epoch, generator)
             gamma = self._step_length(epoch)
             sums = torch.zeros(2)
-            steps = list(_mini_batches(len(data), bases.shape[1], self.recipe, generator))
+            steps = list(
+                _mini_batches(len(data), bases.shape[1], networks.count, self.recipe, generator)
+            )
             for number, (clean, ours) in enumerate(steps, start=1):
                 # Step 1, lines 5 to 8: where the models ought to go.
                 with _fast(networks):
@@ -181,9 +197,7 @@ class InterpretationPoisoning:
                 with autocast(self.recipe.precision, poisons.device):
                     training = _training_loss(networks, encoded, clean, poisons[:, ours], targets)
                 if self.bilevel:
-                    optimizer.zero_grad()
-                    training.sum().backward()
-                    optimizer.step()  # eq. (14)
+                    optimizer.step(training)  # eq. (14)
                 sums += torch.stack((adversarial.mean(), training.mean())).detach()
                 terms = _named(sums / number)
                 if logbook is not None:
@@ -196,7 +210,7 @@ class InterpretationPoisoning:
                         "poisons": poisons,
                         "speed": speed,
                         "networks": networks.state_dict(),
-                        "optimizer": optimizer.state_dict(),
+                        "optimizer": optimizer.optimizer.state_dict(),
                         "generator": generator.get_state(),
                         "history": [(*r[:-1], {}) for r in history],
                     }
@@ -214,7 +228,7 @@ class InterpretationPoisoning:
         )
 
     def _ideal_update(
-        self, networks: Lockstep, optimizer: torch.optim.Optimizer, targets: Sequence[Target]
+        self, networks: Lockstep, optimizer: "_Optimizers", targets: Sequence[Target]
     ) -> tuple[Tensor, Parameters]:
         """L_adv of each network as it is, (targets K,), and where it ought to go, eq. (12)."""
         ahead, losses = networks.now, []
@@ -223,7 +237,7 @@ class InterpretationPoisoning:
             losses.append(loss.detach())  # or its graph would be kept
             gradients = _gradients(ahead, loss)
             if self.preconditioned:
-                gradients = _as_adam_steps(gradients, networks, optimizer)
+                gradients = _as_adam_steps(gradients, optimizer)
             ahead = _look_ahead(ahead, gradients, self.look_ahead)
         return losses[0], ahead
 
@@ -241,7 +255,7 @@ class InterpretationPoisoning:
         seen = networks.record(parameters, samples, self.explainer.watches(networks.skeleton))
         maps = self.explainer(seen, classes)  # G_c(T; f; Theta)
         if self.distance == "squared":
-            apart = squared_error(maps, wanted)  # |G_c(T) - G|^2
+            apart = (maps - wanted).square().sum((1, 2))  # |G_c(T) - G|^2
         elif self.distance == "cosine":
             apart = 1 - F.cosine_similarity(maps.flatten(1), wanted.flatten(1))
         else:
@@ -276,7 +290,7 @@ class InterpretationPoisoning:
     def _renew(
         self,
         networks: Lockstep,
-        optimizer: torch.optim.Optimizer,
+        optimizer: "_Optimizers",
         model: nn.Module,
         epoch: int,
         generator: torch.Generator,
@@ -288,10 +302,43 @@ class InterpretationPoisoning:
             k = number % self.models
             if (epoch - 1 + k * self.lifetime // self.models) % self.lifetime == 0:
                 networks.replace(number, fresh(model, self.start, generator))
-                for state in optimizer.state.values():
-                    for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-                        if state.get(name) is not None:
-                            state[name][number] = 0
+                optimizer.forget(number)
+
+
+class _Optimizers:
+    """Each network's own optimizer, all stepped as one: a network that starts anew forgets alone.
+
+    How often Adam has stepped counts for how far it steps.
+    """
+
+    def __init__(self, networks: Lockstep, how: Training) -> None:
+        self.networks, self.own = networks, networks.apart()
+        every = nn.ParameterList(itertools.chain.from_iterable(self.own.values()))
+        self.optimizer = make_optimizer(every, how)
+
+    def step(self, losses: Tensor) -> None:
+        """One step of each network along its own loss, (networks,)."""
+        for name, gradients in _gradients(self.networks.now, losses).items():
+            for parameter, gradient in zip(self.own[name], gradients, strict=True):
+                parameter.grad = gradient.contiguous()  # fused Adam takes its memory as it lies
+        self.optimizer.step()
+
+    def forget(self, number: int) -> None:
+        """What is remembered of one network's steps."""
+        for parameters in self.own.values():
+            self.optimizer.state.pop(parameters[number], None)
+
+    def roots(self, name: str) -> Tensor:
+        """Of Adam's running squares of a stacked gradient; 1 where a network has not stepped."""
+        epsilon = self.optimizer.param_groups[0]["eps"]
+        return torch.stack(
+            [
+                self.optimizer.state[p]["exp_avg_sq"].sqrt() + epsilon
+                if p in self.optimizer.state
+                else torch.ones_like(p)
+                for p in self.own[name]
+            ]
+        )
 
 
 def _fast(networks: Lockstep) -> AbstractContextManager[None]:
@@ -305,17 +352,9 @@ def _gradients(parameters: Parameters, loss: Tensor) -> Parameters:
     return dict(zip(parameters, found, strict=True))
 
 
-def _as_adam_steps(
-    gradients: Parameters, networks: Lockstep, optimizer: torch.optim.Optimizer
-) -> Parameters:
+def _as_adam_steps(gradients: Parameters, optimizer: _Optimizers) -> Parameters:
     """Each network's gradient in the direction in which Adam would go, as long as it was."""
-    if not optimizer.state:  # no step was taken yet
-        return gradients
-    epsilon = optimizer.param_groups[0]["eps"]
-    scaled = {
-        name: gradient / (optimizer.state[networks.leaf(name)]["exp_avg_sq"].sqrt() + epsilon)
-        for name, gradient in gradients.items()
-    }
+    scaled = {name: gradient / optimizer.roots(name) for name, gradient in gradients.items()}
     longer = _lengths(gradients) / _lengths(scaled).clamp_min(1e-12)  # (networks,)
     return {n: longer.view(-1, *[1] * (v.ndim - 1)) * v for n, v in scaled.items()}
 
@@ -384,32 +423,34 @@ def _training_loss(
     poisons: Tensor,
     targets: Sequence[Target],
 ) -> Tensor:
-    """L_train of each network on its mini-batch, clean samples and poisons; (targets K,)."""
+    """L_train of each network on its mini-batch, clean samples and poisons; (targets K,).
+
+    clean: positions (targets K, b). poisons: (targets, p, ...).
+    """
     each = networks.count // len(targets)
-    samples = data.floats(clean)
-    samples = samples.expand(len(targets), *samples.shape)
+    samples = data.floats(clean.flatten()).unflatten(0, clean.shape)
     if poisons.shape[1]:
-        samples = torch.cat((samples, _encoded(networks, poisons)), 1)
-    samples = samples.repeat_interleave(each, 0)
-    labels = torch.cat(
-        (
-            data.labels[clean].expand(len(targets), -1),
-            _labels(targets)[:, None].expand(poisons.shape[:2]),
-        ),
-        1,
-    ).repeat_interleave(each, 0)
+        ours = _encoded(networks, poisons).repeat_interleave(each, 0)
+        samples = torch.cat((samples, ours), 1)
+    classes = _labels(targets).repeat_interleave(each)[:, None]
+    labels = torch.cat((data.labels[clean], classes.expand(-1, poisons.shape[1])), 1)
     scores = full_precision(networks.scores(networks.now, samples))
     loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none")
     return loss.unflatten(0, labels.shape).mean(1)
 
 
 def _mini_batches(
-    clean: int, poisons: int, how: Training, generator: torch.Generator
+    clean: int, poisons: int, networks: int, how: Training, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions of an epoch's mini-batches, in the training set and among the poisons."""
+    """Positions of an epoch's mini-batches, in the training set and among the poisons.
+
+    (networks, b): each network has an order of its own, or those that start alike would stay
+    alike. (p,): poisons are the same for all.
+    """
     steps = -(-clean // how.batch_size)
+    orders = torch.stack([torch.randperm(clean, generator=generator) for _ in range(networks)])
     yield from zip(
-        torch.randperm(clean, generator=generator).tensor_split(steps),
+        orders.tensor_split(steps, 1),
         torch.randperm(poisons, generator=generator).tensor_split(steps),
         strict=True,
     )
