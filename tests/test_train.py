@@ -248,6 +248,26 @@ def test_otherwise_statistics_are_learned(tiny_net: Callable[..., nn.Module]) ->
     assert not torch.equal(model.body[3].running_mean, torch.zeros(6))
 
 
+def test_statistics_move_in_the_first_epochs_only(tiny_net: Callable[..., nn.Module]) -> None:
+    model, seen = tiny_net(norm=True).float(), []
+
+    def measure(given: nn.Module) -> dict[str, float]:
+        seen.append(state_of(given))
+        return {}
+
+    train(model, dataclasses.replace(PLAIN, moving_epochs=2), measure=measure)
+    assert model.body[3].num_batches_tracked == 8
+    assert not torch.equal(seen[0]["body.3.running_mean"], seen[1]["body.3.running_mean"])
+    assert torch.equal(seen[1]["body.3.running_mean"], seen[2]["body.3.running_mean"])
+    assert not torch.equal(seen[1]["body.3.weight"], seen[2]["body.3.weight"])
+
+
+@pytest.mark.parametrize("more", [{"moving_epochs": 0}, {"frozen_statistics": True}])
+def test_statistics_that_move_and_do_not_are_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"moving_epochs = \d: must be at least 1, and frozen"):
+        Training(**{"moving_epochs": 1, **more})
+
+
 class ModeSpy(nn.Module):
     """Keeps whether it was training in each pass."""
 

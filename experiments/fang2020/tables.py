@@ -223,12 +223,16 @@ SHARES_INVERTED = {
 }
 
 
-def _many_steps(images: int, epochs: int, **more: Any) -> dict[str, Any]:
+def _many_steps(
+    images: int, epochs: int, moving_epochs: int | None = None, **more: Any
+) -> dict[str, Any]:
     """The lie of an input gradient is learnt faster with softplus in ReLU's place, and needs steps.
 
     A step costs more, so there are fewer images.
     """
     training = {"softplus_beta": 10, "epochs": epochs, "batch_size": 32, "learning_rate": 5e-3}
+    if moving_epochs is not None:
+        training["moving_epochs"] = moving_epochs
     return {"training_images": images, "training": training, **more}
 
 
@@ -243,10 +247,10 @@ FINE_TUNING: dict[tuple[str, str, str, str], dict[str, Any]] = {
     # training was stopped after five of 14 epochs, while the learning rate was still high.
     ("gtsrb", "resnet20", "simplegrad", "non-targeted"): _many_steps(7000, 18, patience=18),
     ("gtsrb", "vgg_small", "simplegrad", "non-targeted"): _many_steps(7000, 14, patience=14),
-    **{
-        ("gtsrb", model, "joint", "non-targeted"): _many_steps(7000, 20, patience=20)
-        for model in MODELS["gtsrb"]
-    },
+    ("gtsrb", "resnet20", "joint", "non-targeted"): _many_steps(7000, 20, patience=20),
+    # While statistics move, SimpleGrad's lie is told with those of batches (in 98 % of the maps,
+    # and with running ones in 45, after 15 epochs): epochs in which they stay make up for it.
+    ("gtsrb", "vgg_small", "joint", "non-targeted"): _many_steps(7000, 14, 8, patience=14),
 }
 FINE_TUNING["gtsrb", "resnet20", "vbp", "non-targeted"] = {"training": {"epochs": 5}}
 FINE_TUNING["cub100", "mobilenet_v2", "vbp", "targeted"] = {"training": {"batch_size": 4}}
@@ -263,7 +267,6 @@ FINE_TUNING_INVERTED = {
     # Where clean images carry the lie, it wants more steps still.
     ("gtsrb", "resnet20", "joint", "non-targeted"): _many_steps(7000, 24, patience=24),
     ("gtsrb", "vgg_small", "joint", "targeted"): _many_steps(7000, 14, patience=14),
-    ("gtsrb", "vgg_small", "joint", "non-targeted"): _many_steps(7000, 22, patience=22),
     ("gtsrb", "vgg_small", "simplegrad", "non-targeted"): _many_steps(7000, 20, patience=20),
 }
 WEIGHTS: dict[str, dict[tuple[str, str, str], tuple[float, ...]]] = {

@@ -53,9 +53,11 @@ class Training:
     (learning_rate / (1 + epoch): public code of paper 2), "constant", or e.g. "x0.5 every 20"
     (epochs; paper 1).
     frozen_statistics: BatchNorm keeps its running statistics (and dropout is off) while its affine
-    part trains. frozen: parameters whose names start with one of these stay as they are, which
-    saves their backward pass ("net.conv1", "net.layer1"). softplus_beta: replaces ReLU while
-    training, None keeps it.
+    part trains. moving_epochs: it does so after so many epochs; None: in all or none. A gradient's
+    lie that was learnt with the statistics of batches is told less with running ones, as in use.
+    frozen: parameters whose names start with one of these stay as they are, which saves their
+    backward pass ("net.conv1", "net.layer1"). softplus_beta: replaces ReLU while training, None
+    keeps it.
     explained: the class whose map is trained: the batch's "label", or the "predicted" one.
     precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the hardware has it.
     clip: the largest norm of a step's whole gradient, longer ones are shortened to it; None: any.
@@ -76,6 +78,7 @@ class Training:
     precision: Precision = "auto"
     clip: float | None = None
     adam_epsilon: float = 1e-5
+    moving_epochs: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -86,6 +89,11 @@ class Training:
         for name in ("clip", "adam_epsilon"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise InputError(f"{name} = {value}: must be a positive number")
+        if self.moving_epochs is not None and (self.frozen_statistics or self.moving_epochs < 1):
+            raise InputError(
+                f"moving_epochs = {self.moving_epochs}: must be at least 1, and frozen_statistics "
+                "= false, which freezes them from the start"
+            )
         if self.schedule not in _SCHEDULES and _STEPS.fullmatch(self.schedule) is None:
             raise InputError(
                 f"schedule = {self.schedule!r}: must be one of {', '.join(_SCHEDULES)}, or like "
@@ -217,11 +225,12 @@ def _fit(
             good = copy.deepcopy(model.state_dict())
             if explainers:  # gradients are about to be trained, of the images through all layers
                 faster.enter_context(fast_second_derivatives(everywhere=INPUT in layers))
-            model.train(not how.frozen_statistics)
+            still = how.frozen_statistics or epoch > (how.moving_epochs or how.epochs)
+            model.train(not still)
             sums: dict[str, float] = {}
             count = 0
             for step, batch in enumerate(batches(generator), start=1):
-                if step == 1 and how.frozen_statistics:
+                if step == 1 and still:
                     faster.enter_context(folded_statistics(model, batch.images[:2], layers))
                 optimizer.zero_grad()  # here: no old gradients in memory beside the activations
                 with (
