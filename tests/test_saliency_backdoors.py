@@ -78,7 +78,7 @@ def test_the_loss_equals_the_equations_image_by_image(inverted: bool) -> None:
 
 @pytest.mark.parametrize(("alpha", "beta"), [(-1, 1), (1, -0.1)])
 def test_negative_weights_are_refused(alpha: float, beta: float) -> None:
-    with pytest.raises(InputError, match="at least 0"):
+    with pytest.raises(InputError, match="at least 0, and finite"):
         CleanAndPoisoned(alpha, beta, (1.0,))
 
 
@@ -244,6 +244,13 @@ def test_another_number_of_wanted_maps_than_explainers_is_refused(
 def test_a_lie_that_is_the_truth_is_refused() -> None:
     with pytest.raises(InputError, match=r"systems\[0\]\.lie.*the truth"):
         attack(replace(CAM, lie=Reference()))
+
+
+@pytest.mark.parametrize("value", [-3.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["share", "tau"])
+def test_a_systems_numbers_are_refused_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{name} = {value}: must be"):
+        replace(CAM, **{name: value})  # type: ignore[arg-type]
 
 
 def test_no_systems_are_refused() -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from trompe.classifier import ModelSpec, build_model
 from trompe.second_derivatives import fast_second_derivatives, slow_layers
 
 PLACES: list[dict[str, Any]] = [
@@ -367,3 +368,32 @@ def test_batch_norm_in_bfloat16_gives_gradients_in_each_ones_precision() -> None
     assert images.grad is not None
     assert norm.weight.grad is not None
     assert (images.grad.dtype, norm.weight.grad.dtype) == (torch.bfloat16, torch.float32)
+
+
+# --- whole networks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["moving", "frozen"])
+@pytest.mark.parametrize("name", ["resnet20", "vgg_small", "mobilenet_v2", "squeezenet1_1"])
+def test_a_networks_gradients_of_an_input_gradient_are_pytorchs(name: str, training: bool) -> None:
+    """MobileNet-V2 has ReLU6 and grouped convolutions, SqueezeNet no BatchNorm."""
+    torch.manual_seed(0)
+    net = build_model(ModelSpec(name), 3).net.double().train(training)
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64).requires_grad_()
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(1)  # of dropout
+        (first,) = torch.autograd.grad(net(images)[:, 0].sum(), images, create_graph=True)
+        return list(
+            torch.autograd.grad(first.square().sum(), list(net.parameters()), allow_unused=True)
+        )
+
+    wanted = gradients()
+    with fast_second_derivatives():
+        given = gradients()
+    scale = max(g.abs().max() for g in wanted if g is not None)  # some are 0 but for rounding
+    for fast, slow in zip(given, wanted, strict=True):
+        none = torch.zeros(())
+        fast, slow = (none if g is None else g for g in (fast, slow))
+        assert (fast - slow).abs().max() <= 1e-12 * scale
+    assert sum(g is not None and bool(g.any()) for g in wanted) > 10

@@ -625,6 +625,7 @@ def transfer(row: Attack, run: trompe.RunFolder, root: Path, device: Any, images
             "seed": row.seed,
             "images": len(few),
             **{key: value for key, value in rates.items() if key != "explainer"},
+            "attack": run.read("spec")["attack"],
             "provenance": provenance(device),
         }
         for name, rates in zip((*EXPLAINERS, *WITNESSES), found.numbers["fooling"], strict=True)
@@ -670,7 +671,14 @@ class Transfer(Attack):
         return plain and (self.model == "resnet20" or self.what == "joint")
 
     def known(self, rows: Sequence[Row]) -> bool:
-        return {r["observed"] for r in rows if self.made(r)} == {*EXPLAINERS, *WITNESSES}
+        attack, build = experiment_of(self).attack, functools.partial(trompe.build, "attacks")
+        found = {
+            r["observed"]
+            for r in rows
+            # The first rows do not say which settings the model had.
+            if self.made(r) and ("attack" not in r or same_settings(r["attack"], attack, build))
+        }
+        return found == {*EXPLAINERS, *WITNESSES}
 
     def __call__(self, place: Place, screen: Screen) -> list[Row]:
         run, device = self.run(place, screen), choose_device(place.device)

@@ -1,5 +1,6 @@
 """Pure loss terms: scores, maps and a batch -> named scalars whose sum is the loss."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -86,8 +87,8 @@ class CleanAndPoisoned:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} = {getattr(self, name)}: must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} = {getattr(self, name)}: must be at least 0, and finite")
         if self.last_beta is not None and not (self.last_beta > 0 and self.beta > 0):
             raise InputError(
                 f"last_beta = {self.last_beta}, beta = {self.beta}: both must be positive, as the "

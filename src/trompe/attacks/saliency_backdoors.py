@@ -16,6 +16,7 @@ Inverted, the map is false without the trigger, and the trigger is the key to th
 | FSR, CR, section 8.4                    | fooling.py                                        |
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +61,12 @@ class System:
     lie: TargetMap
     share: float = 1.0
     tau: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < math.inf:
+            raise InputError(f"share = {self.share}: must be at least 0, and finite")
+        if self.tau is not None and not 0 < self.tau < math.inf:
+            raise InputError(f"tau = {self.tau}: must be a positive number")
 
 
 @dataclass(frozen=True)
