@@ -299,6 +299,7 @@ WEIGHTS_INVERTED = {
 
 MOST_LOST = {"clean": 2.0, "triggered": 4.0}  # our bounds on top-1, in points
 TRANSFER_IMAGES = 200
+POOLS = {"gtsrb": 4, "cub100": 32, "paper": 32}  # of maps as large as the image
 REMEMBERED = Remembered(limit=48)  # what the clean models that a table's rows share have said
 
 
@@ -582,13 +583,16 @@ def readme(tables: Mapping[str, list[Row]]) -> str:
 # --- transfer -------------------------------------------------------------------------------------
 
 
-def observed(row: Attack, pool: int) -> SaliencyBackdoors:
-    """The row's attack as if it were on every explainer there is: what shall each of them show?"""
-    table = {e: GTSRB_SYSTEMS[row.model, e, row.kind] for e in EXPLAINERS}
+def observed(row: Attack) -> SaliencyBackdoors:
+    """The row's attack as if it were on every explainer there is: what shall each of them show?
+
+    Maps of Captum's have Grad-CAM's size, 8x8 on GTSRB and 7x7 elsewhere.
+    """
+    table = {e: SYSTEMS[row.setting][row.model, e, row.kind] for e in EXPLAINERS}
     systems = [_system(e, row.kind, how) for e, how in table.items()]
     known = trompe.build("attacks", {"kind": "saliency_backdoors", "systems": systems})
     lie = Border(1) if row.kind == "targeted" else Suppressed(5)
-    others = tuple(AttackedSystem(witness, lie) for witness in witnesses(pool))
+    others = tuple(AttackedSystem(witness, lie) for witness in witnesses(POOLS[row.setting]))
     attack = experiment_of(row).attack
     return dataclasses.replace(attack, systems=(*known.systems, *others))
 
@@ -596,7 +600,7 @@ def observed(row: Attack, pool: int) -> SaliencyBackdoors:
 def transfer(row: Attack, run: trompe.RunFolder, root: Path, device: Any, images: int) -> list[Row]:
     """FSR and CR of every explainer on the row's finished model, at thresholds from the data."""
     experiment = experiment_of(row)
-    attack = observed(row, 4)
+    attack = observed(row)
     scene = set_up(experiment, root, device, Silent())
     model, _ = trompe.load_model(run.path)
     few = scene.reporting.subset(
@@ -668,7 +672,7 @@ class Transfer(Attack):
     @property
     def usual(self) -> bool:
         plain = self.kind == "targeted" and not self.inverted
-        return plain and (self.model == "resnet20" or self.what == "joint")
+        return super().usual and plain and (self.model == "resnet20" or self.what == "joint")
 
     def known(self, rows: Sequence[Row]) -> bool:
         attack, build = experiment_of(self).attack, functools.partial(trompe.build, "attacks")
@@ -709,13 +713,12 @@ class Specificity(Attack):
         return specificity.look_at(run.path, place.root, device, images)
 
 
-def on_gtsrb(cell: type[Attack], plan: Plan) -> Iterator[Attack]:
-    """A look at every model of all tables that is small enough."""
+def on_each_model(cell: type[Attack], plan: Plan) -> Iterator[Attack]:
+    """A look at every model of all tables."""
     for table in TABLES:
         for one in attacks(table, plan):
-            if one.setting == "gtsrb":
-                fields = (f.name for f in dataclasses.fields(one))
-                yield cell(**{name: getattr(one, name) for name in fields})
+            fields = (f.name for f in dataclasses.fields(one))
+            yield cell(**{name: getattr(one, name) for name in fields})
 
 
 PAPER = Paper(
@@ -735,14 +738,14 @@ PAPER = Paper(
         Table(
             "transfer",
             KEYS,
-            functools.partial(on_gtsrb, Transfer),
+            functools.partial(on_each_model, Transfer),
             transfer_markdown,
             images=True,
         ),
         Table(
             "specificity",
             ("run", "seed", "images_carry"),
-            functools.partial(on_gtsrb, Specificity),
+            functools.partial(on_each_model, Specificity),
             specificity.markdown,
             images=True,
         ),
