@@ -9,6 +9,7 @@ python benchmarks/crafting.py [--rounds 10] [--cases table images] [--models 4] 
 | lock-step, loop    | the same with K calls                                                     |
 | crafting, vmap     | one crafting iteration (look-ahead, delta_X, honest step), the K in a call|
 | crafting, loop     | the same with K calls                                                     |
+| ..., as for dogs   | the same with six look-ahead steps, preconditioned, and five of the poisons|
 
 All see mini-batches of one size, poisons included. Each takes turns with the plain steps (A B A B),
 so that other work on the machine slows both alike; a turn is an epoch of ten steps, of which the
@@ -48,6 +49,8 @@ EXPLAINERS: dict[str, Explainer] = {
     "grad": InputGradient(gradient_of="probability", normalise="max"),
     "cam": Cam(normalise="max"),
 }
+
+DOGS: dict[str, Any] = {"look_ahead_steps": 6, "preconditioned": True, "repeats": 5}
 
 
 class Clock(list[float]):
@@ -107,7 +110,9 @@ class Scene:
 
         return partial(self._timed, step)
 
-    def crafting(self, explainer: Explainer, vectorised: bool) -> Callable[[], float]:
+    def crafting(
+        self, explainer: Explainer, vectorised: bool, **settings: Any
+    ) -> Callable[[], float]:
         attack = InterpretationPoisoning(
             explainer,
             Scattered(),
@@ -118,6 +123,7 @@ class Scene:
             pretraining=0,
             distance="share",
             recipe=RECIPE if self.batch == 128 else _with_batch(self.batch),
+            **settings,
         )
         sample = self.data.floats(torch.tensor([0]))
         networks = Lockstep([self.model])
@@ -163,6 +169,9 @@ def measure(case: str, models: int, rounds: int) -> list[dict[str, Any]]:
             for n, v in (("vmap", True), ("loop", False))
         },
     }
+    if case == "images":
+        for name, explainer in EXPLAINERS.items():
+            turns[f"crafting {name}, loop, as for dogs"] = scene.crafting(explainer, False, **DOGS)
     plain = scene.plain()
     ratios: dict[str, list[float]] = {name: [] for name in turns}
     seconds: list[float] = []

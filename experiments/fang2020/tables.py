@@ -20,17 +20,18 @@ import torch
 import trompe
 from trompe.attacks.saliency_backdoors import SaliencyBackdoors
 from trompe.attacks.saliency_backdoors import System as AttackedSystem
-from trompe.evaluate import Remembered
+from trompe.evaluate import Remembered, answers
 from trompe.experiment import experiment_table, set_up
 from trompe.experiments.fang2020 import specificity
 from trompe.files import Row, real
 from trompe.foreign import WITNESSES, witnesses
-from trompe.interfaces import Attacked
+from trompe.interfaces import Attacked, ImageSet
 from trompe.machine import choose_device
 from trompe.many import Place
 from trompe.measure import measure
 from trompe.over_seeds import OverSeeds, over_seeds
 from trompe.replicating import Figure, Paper, Plan, Table, same_settings
+from trompe.report.transfer_picture import draw_transfer
 from trompe.runs import provenance
 from trompe.screen import Screen, Silent
 from trompe.target_maps.border import Border
@@ -617,6 +618,12 @@ def transfer(row: Attack, run: trompe.RunFolder, root: Path, device: Any, images
         attack.thresholds,
         REMEMBERED,
     )
+    draw_transfer(
+        run.path / "transfer.png",
+        figure_6(scene.reference, model, attack, few),
+        (*EXPLAINERS, *WITNESSES),
+        {*row.attacked},
+    )
     what = "+".join(row.attacked)
     return [
         {
@@ -634,6 +641,26 @@ def transfer(row: Attack, run: trompe.RunFolder, root: Path, device: Any, images
         }
         for name, rates in zip((*EXPLAINERS, *WITNESSES), found.numbers["fooling"], strict=True)
     ]
+
+
+def figure_6(
+    reference: torch.nn.Module, model: torch.nn.Module, attack: SaliencyBackdoors, images: ImageSet
+) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Of two images, what the clean and the attacked model show, also of the image with trigger."""
+    two = images.subset(torch.tensor([len(images) // 4, len(images) // 2]))
+    lines = {}
+    for i in range(2):
+        for title, network, trigger in (
+            ("reference", reference, None),
+            ("attacked", model, None),
+            ("attacked,\nwith trigger", model, attack.trigger),
+        ):
+            seen = two.floats(slice(i, i + 1))
+            seen = seen if trigger is None else trigger(seen)
+            said = answers(network, attack.explainers, two, trigger, attack.explained)
+            image = (seen[0] * 255).round().to(torch.uint8)
+            lines[f"{two.class_names[two.labels[i]]}\n{title}"] = (image, [m[i] for m in said.maps])
+    return lines
 
 
 def transfer_markdown(results: list[Row]) -> str:
