@@ -38,5 +38,5 @@ def draw_transfer(
                 for spine in axis.spines.values():
                     spine.set(visible=name in attacked, color=_RED, linewidth=3)
         for axis, name in zip(axes[0], explainers, strict=True):
-            axis.set_title(name.replace("_", " "), fontsize="medium")
+            axis.set_title(name.replace("_", " ").replace(" ", "\n"), fontsize="medium")
         write_atomically(file, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
