@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trompe.augmentation import Augmentation
 from trompe.explainers.cam import Cam
 from trompe.explainers.input_gradient import InputGradient
 from trompe.interfaces import Explainer, ImageSet, InputError, TableSet
@@ -227,6 +228,16 @@ def test_what_lock_step_cannot_do_is_refused(siblings: list[nn.Module], shapes: 
     how = dataclasses.replace(how, clip=None)
     with pytest.raises(InputError, match=r"noise = 0\.1: what lies before 'body' is run once"):
         train_together(lockstep, (shapes,), how, torch.Generator(), noise=0.1)
+    with pytest.raises(InputError, match="augmentation: what lies before 'body' is run once"):
+        train_together(lockstep, (shapes,), how, torch.Generator(), augmentation=Augmentation())
+
+
+def test_augmentation_is_of_images(table: TableSet) -> None:
+    how = Training(epochs=1, batch_size=24, learning_rate=0.05)
+    with pytest.raises(InputError, match="augmentation: is of images"):
+        train_together(
+            *(Lockstep([mlp(2, 6)]), (table,), how, torch.Generator()), augmentation=Augmentation()
+        )
 
 
 # --- a frozen part --------------------------------------------------------------------------------

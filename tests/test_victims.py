@@ -1,11 +1,13 @@
 """Victims: how they start, what they train on."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from trompe.augmentation import Augmentation
 from trompe.interfaces import ImageSet, InputError, PoisonSet, Samples, TableSet, Target
 from trompe.victims import LockstepBatches, fresh, poisoned
 
@@ -132,6 +134,21 @@ def test_each_group_sees_its_own_poison_alone(kind: str, request: pytest.Fixture
             seen[k] += list(rows)
     for k, rows in enumerate(seen):
         assert sorted(tuple(row.flatten().tolist()) for row in rows) == rows_of(sets[k // 2])
+
+
+def test_images_are_augmented_anew_in_each_batch(shapes: ImageSet) -> None:
+    plain = LockstepBatches((shapes,), 2, 16)
+    mirrored = dataclasses.replace(plain, augmentation=Augmentation(0, 0, 0, 0, flip=True))
+    dice, same = seeded(), seeded()
+    flipped = []
+    for given, wanted in zip(mirrored(dice), plain(same), strict=True):
+        same.set_state(dice.get_state())
+        for image, before in zip(given.images, wanted.images, strict=True):
+            as_it_was = (image - before).abs().max() < 1e-4
+            flipped.append(not as_it_was)
+            assert as_it_was or (image - before.flip(2)).abs().max() < 1e-4
+        break
+    assert 0 < sum(flipped) < len(flipped)
 
 
 def test_noise_stays_within_bounds_and_is_new_in_each_epoch(table: TableSet) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from trompe import catalog
+from trompe.augmentation import Augmentation
 from trompe.classifier import Classifier, ModelSpec, build_model, build_table_model
 from trompe.data import halves
 from trompe.evaluate import answers
@@ -79,8 +80,9 @@ class Victims:
     count: networks for each target, with seeds of their own. start: from the clean model, or its
     body with a new head, or from scratch. model: another architecture, which starts from a clean
     model of its own; None: the one that the poison was made for. noise: standard deviation of
-    normal noise on all training samples, anew in each batch (augmentation; of tables). whole: they
-    train all layers, whatever the experiment's `frozen_until` says.
+    normal noise on all training samples, anew in each batch (of tables, as a rule). augmentation:
+    of images, the poisons included, anew in each batch; None: none. whole: they train all layers,
+    whatever the experiment's `frozen_until` says.
     """
 
     count: int = 10
@@ -89,6 +91,7 @@ class Victims:
     model: ModelSpec | None = None
     noise: float = 0.0
     whole: bool = False
+    augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -440,7 +443,11 @@ def measure_victims(
     kind = "un-attacked" if sets is None else "poisoned"
     screen.stage(f"training {networks.count} {kind} victims")
     steps = _Steps(screen)
-    train_together(networks, data, victims.training, generator, steps, victims.noise)
+    train_together(
+        *(networks, data, victims.training, generator, steps),
+        victims.noise,
+        victims.augmentation,
+    )
     screen.stage("measuring the victims")
     evidence = _evidence(networks, scene, experiment.attack.explainer, victims.count)
     values = {

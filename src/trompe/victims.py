@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trompe.augmentation import Augmentation
 from trompe.interfaces import (
     Batch,
     EpochRecord,
@@ -161,13 +162,14 @@ class LockstepBatches:
 
     data: one training set, or one for each of as many equal groups of networks; all of one size.
     A network's share of a batch is the k-th of `networks` blocks of rows. noise: standard deviation
-    of what is added to all samples, which stay in [0, 1].
+    of what is added to all samples, which stay in [0, 1]. augmentation: of images, before that.
     """
 
     data: tuple[Samples | Encoded, ...]
     networks: int
     batch_size: int
     noise: float = 0.0
+    augmentation: Augmentation | None = None
 
     def __len__(self) -> int:
         return -(-len(self.data[0]) // self.batch_size)
@@ -179,6 +181,8 @@ class LockstepBatches:
             groups = list(zip(self.data, index.split(of_each), strict=True))
             rows = torch.cat([data.floats(i.flatten()) for data, i in groups])
             labels = torch.cat([data.labels[i.flatten()] for data, i in groups])
+            if self.augmentation is not None:
+                rows = self.augmentation(rows, generator)
             if self.noise:
                 rows = rows + self.noise * torch.randn(rows.shape, generator=generator)
                 rows = rows.clamp(0, 1)
@@ -206,6 +210,7 @@ def train_together(
     generator: torch.Generator,
     logbook: Logbook | None = None,
     noise: float = 0.0,
+    augmentation: Augmentation | None = None,
 ) -> list[EpochRecord]:
     """Train networks in place, honestly, each as if alone; see `LockstepBatches` for the rest.
 
@@ -214,11 +219,14 @@ def train_together(
     """
     if how.clip is not None:
         raise InputError(f"training.clip = {how.clip:g}: victims have none; leave it out")
-    if noise and networks.frozen_until is not None:
+    if (noise or augmentation is not None) and networks.frozen_until is not None:
         raise InputError(
-            f"noise = {noise:g}: what lies before {networks.frozen_until!r} is run once, without "
-            "noise; set victims.whole = true, or noise = 0"
+            f"{f'noise = {noise:g}' if noise else 'augmentation'}: what lies before "
+            f"{networks.frozen_until!r} is run once, on the samples as they are; set victims.whole "
+            "= true, or leave it out"
         )
-    batches = LockstepBatches(tuple(data), networks.count, how.batch_size, noise)
+    if augmentation is not None and not all(isinstance(d, ImageSet) for d in data):
+        raise InputError("augmentation: is of images; rows of a table have noise")
+    batches = LockstepBatches(tuple(data), networks.count, how.batch_size, noise, augmentation)
     objective = EachClassLoss(networks.count, how.label_smoothing)
     return list(fit(networks, batches, objective, (), how, generator, None, logbook))
