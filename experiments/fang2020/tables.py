@@ -646,7 +646,9 @@ def figure_6(
     reference: torch.nn.Module, model: torch.nn.Module, attack: SaliencyBackdoors, images: ImageSet
 ) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
     """Of two images, what the clean and the attacked model show, also of the image with trigger."""
-    two = images.subset(torch.tensor([len(images) // 4, len(images) // 2]))
+    first = len(images) // 4
+    others = (images.labels != images.labels[first]).nonzero()[:, 0]
+    two = images.subset(torch.tensor([first, int(others[len(others) // 2])]))
     lines = {}
     for i in range(2):
         for title, network, trigger in (
