@@ -335,11 +335,11 @@ class Attack:
 
     def known(self, rows: Sequence[Row]) -> bool:
         found = {r["observed"]: r for r in rows if self.made(r)}
-        attack = experiment_of(self).attack
+        return set(found) == set(self.attacked) and all(map(self.same_attack, found.values()))
+
+    def same_attack(self, r: Row) -> bool:
         build = functools.partial(trompe.build, "attacks")
-        return set(found) == set(self.attacked) and all(
-            same_settings(r["attack"], attack, build) for r in found.values()
-        )
+        return same_settings(r["attack"], experiment_of(self).attack, build)
 
     def made(self, r: Row) -> bool:
         """Is the result of this model?"""
@@ -703,12 +703,11 @@ class Transfer(Attack):
         return super().usual and plain and (self.model == "resnet20" or self.what == "joint")
 
     def known(self, rows: Sequence[Row]) -> bool:
-        attack, build = experiment_of(self).attack, functools.partial(trompe.build, "attacks")
         found = {
             r["observed"]
             for r in rows
             # The first rows do not say which settings the model had.
-            if self.made(r) and ("attack" not in r or same_settings(r["attack"], attack, build))
+            if self.made(r) and ("attack" not in r or self.same_attack(r))
         }
         return found == {*EXPLAINERS, *WITNESSES}
 

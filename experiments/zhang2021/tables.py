@@ -111,6 +111,7 @@ PAPER_FIGURES = {  # L1, Jaccard; Table 2 is of the fracture data
     },
 }
 SHOWN = ("explainer", "wanted_map")  # all that matters of an attack where there is none
+PLACES = (("data", "file"), ("data", "root"), ("model", "weights"))  # settings that name files
 MOST_OF_UNATTACKED = 0.7  # our bound on IMF's L1
 KEYS = (
     *("data", "interpreter", "attack", "changed", "poison_rate", "models"),
@@ -238,9 +239,18 @@ def row(
         "clean_victim_accuracy": unattacked["victim_accuracy"],
         "succeeded": succeeded(unattacked, measured),
         "seed": experiment.seed,
-        "settings": describe(replace(experiment, victims=cell.victims)),
+        "settings": anywhere(describe(replace(experiment, victims=cell.victims))),
         "provenance": provenance(torch.device("cpu")),
     }
+
+
+def anywhere(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without where files lie on this machine: absolute paths by their last names."""
+    for part, key in PLACES:
+        place = settings[part].get(key)
+        if place is not None and Path(place).is_absolute():
+            settings = {**settings, part: {**settings[part], key: Path(place).name}}
+    return settings
 
 
 def known(
@@ -251,7 +261,7 @@ def known(
 
     def build(settings: dict[str, Any]) -> PoisoningExperiment:
         there = describe(wanted)
-        for part, key in (("data", "file"), ("data", "root"), ("model", "weights")):
+        for part, key in PLACES:
             if there[part].get(key) is not None:
                 settings = {**settings, part: {**settings[part], key: there[part][key]}}
         own, of_attack = settings["attack"], there["attack"]
