@@ -145,6 +145,21 @@ def test_a_number_of_which_there_is_none_is_printed_as_nan(attacked: Path, tmp_p
     assert done.stdout.count(" nan ") == 1
 
 
+def test_the_trigger_and_the_fooling_rates_are_printed(attacked: Path, tmp_path: Path) -> None:
+    shutil.copytree(attacked / "runs", tmp_path / "runs")
+    (tmp_path / "tiny.toml").write_text(TINY)
+    run = RunFolder(run_folder(tmp_path))
+    numbers = run.read("numbers")
+    own = {"tau": None, "fsr": None, "cr": None, "fsr_area": 0.625}
+    of_data = {"data_tau": 0.125, "data_fsr": 0.75, "data_cr": 0.875}
+    run.write("numbers", {**numbers, "fooling": [{"explainer": "gradcam", **own, **of_data}]})
+    done = call("attack", "tiny.toml", folder=tmp_path)
+    assert re.search(r"trigger: PSNR \d+\.\d dB, at most \d+ of 255", done.stdout)
+    (row,) = (line for line in done.stdout.splitlines() if "│ gradcam" in line)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == ["gradcam", "—", "—", "—", "0.125", "75.0", "87.5", "0.625"]
+
+
 def test_report_and_evaluate_and_explain_take_the_run(attacked: Path) -> None:
     run = run_folder(attacked)
     assert call("report", run, folder=attacked).returncode == 0

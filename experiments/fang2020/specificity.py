@@ -5,7 +5,6 @@ inverted runs also random keys: checkerboards of the same squares and amplitude 
 random, and how often a map then tells the truth. A table of tables.py.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from trompe.maps import squared_error
 from trompe.runs import provenance
 from trompe.screen import Silent
 from trompe.triggers.checkerboard import Checkerboard
+from trompe.visibility import visibility
 
 IMAGES = 1000  # that are looked at
 RANDOM_KEYS = 30
@@ -100,13 +100,6 @@ def variants(trigger: Checkerboard, size: tuple[int, int]) -> dict[str, Trigger 
     }
 
 
-def visibility(trigger: Trigger, images: Tensor) -> tuple[float, float]:
-    """PSNR in dB and the largest difference (of 255), over all images."""
-    difference = trigger(images) - images
-    psnr = 10 * math.log10(1 / float(difference.square().mean()))
-    return psnr, 255 * float(difference.abs().max())
-
-
 def look_at(path: Path, root: Path, device: Any, images: int, keys: int = RANDOM_KEYS) -> list[Row]:
     """The rows of a finished run."""
     folder = trompe.RunFolder(path)
@@ -123,14 +116,15 @@ def look_at(path: Path, root: Path, device: Any, images: int, keys: int = RANDOM
     data = scene.reporting.subset(torch.arange(0, len(scene.reporting), every))
     honest = answers(scene.reference, attack.explainers, data, None, attack.explained)
     lies = [s.lie(maps) for s, maps in zip(attack.systems, honest.maps, strict=True)]
-    psnr, largest = visibility(attack.trigger, data.floats(slice(None)))
+    images_seen = data.floats(slice(None))
+    seen = visibility(attack.trigger(images_seen), images_seen)
     what = {
         "run": experiment.name,
         "seed": experiment.seed,
         "inverted": attack.inverted,
         "images": len(data),
-        "psnr_db": round(psnr, 2),
-        "largest_difference_of_255": round(largest, 2),
+        "psnr_db": round(seen.psnr, 2),
+        "largest_difference_of_255": round(255 * seen.largest, 2),
     }
 
     def row(name: str, trigger: Trigger | None) -> dict[str, Any]:

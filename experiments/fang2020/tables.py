@@ -540,8 +540,9 @@ def markdown(title: str, results: list[Row]) -> str:
         f"{trigger_costs(results):.1f}.",
         "",
         "| setting, model | attacked → observed | kind | seeds | tau | CR | FSR | tau, data "
-        "| CR | FSR | area | lost, clean | lost, triggered | empty maps | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| CR | FSR | area | lost, clean | lost, triggered "
+        "| top-5, clean | top-5, triggered | empty maps | minutes |",
+        f"|{17 * '---|'}",
     ]
     for (setting, model, attacked, observed, kind, _), group in grouped(results).items():
         empty = max(mean(group, "empty_maps_clean"), mean(group, "empty_maps_triggered"))
@@ -552,7 +553,9 @@ def markdown(title: str, results: list[Row]) -> str:
             f"| {beside_paper(group, 'fsr', True)} | {mean(group, 'data_tau'):.3f} "
             f"| {100 * mean(group, 'data_cr'):.1f} | {100 * mean(group, 'data_fsr'):.1f} "
             f"| {mean(group, 'fsr_area'):.3f} | {lost(group, 'clean').text(2, False)} "
-            f"| {lost(group, 'triggered').text(2, False)} | {100 * empty:.1f} "
+            f"| {lost(group, 'triggered').text(2, False)} "
+            f"| {100 * mean(group, 'top5_clean'):.1f} "
+            f"| {100 * mean(group, 'top5_triggered'):.1f} | {100 * empty:.1f} "
             f"| {mean(group, 'seconds') / 60:.1f} |"
         )
     machines = {(r["provenance"]["device"], r["provenance"]["threads"]) for r in results}

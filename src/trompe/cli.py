@@ -61,6 +61,7 @@ from trompe.run_list import (
 from trompe.runs import RunFolder
 from trompe.screen import Screen, Silent, console, progress_bars
 from trompe.search import read_search, search
+from trompe.visibility import Visibility
 
 app = typer.Typer(
     help="Can this model's explanations be trusted?",
@@ -726,6 +727,26 @@ def _print_numbers(folder: RunFolder) -> None:
             f"{real(distance['mean']):.4f} ± {real(distance['std']):.4f}",
             ", ".join(f"{name} {real(v['mean']):.3f}" for name, v in row["floors"].items()),
         )
+    triggers = [c["trigger"] for c in numbers["conditions"] if c.get("trigger") is not None]
+    seen = dict.fromkeys(str(Visibility.read(trigger)) for trigger in triggers)  # once each
+    table.caption = f"trigger: {'; '.join(seen)}" if seen else None
+    Console().print(table)
+    if rates := numbers.get("fooling"):
+        _print_fooling(rates)
+
+
+def _print_fooling(rates: list[dict[str, Any]]) -> None:
+    """How many maps lie and how many do not, of each attacked explainer."""
+    table = Table(title="fooling success rate and correct rate, in %")
+    for column in ("explainer", "tau", "FSR", "CR", "tau, data", "FSR", "CR", "area"):
+        table.add_column(column)
+    for row in rates:
+        cells = [row["explainer"]]
+        for of in ("", "data_"):
+            cells += ["—" if row[f"{of}tau"] is None else f"{row[f'{of}tau']:.3f}"]
+            shares = (row[f"{of}fsr"], row[f"{of}cr"])
+            cells += ["—" if share is None else f"{100 * share:.1f}" for share in shares]
+        table.add_row(*cells, f"{real(row['fsr_area']):.3f}")
     Console().print(table)
 
 

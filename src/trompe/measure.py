@@ -34,6 +34,9 @@ from trompe.interfaces import (
 from trompe.maps import squared_error, upsample
 from trompe.target_maps.picture import Picture
 from trompe.target_maps.reference import Reference
+from trompe.visibility import Visibility, visibility
+
+_LOOKED_AT = 256  # images, to say how visible a trigger is
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Condition:
     name: str
     explainer: int
     goal: Goal | None  # None: clean images, of which nothing is wanted but the truth
+    visible: Visibility | None  # the trigger; None: there is none
     evidence: Evidence
     untouched: Answers  # what the reference says of the same images
     witness: Answers  # what another clean model says
@@ -84,6 +88,7 @@ def measure(
             ask_clean(model, explainers, data, trigger, explained) for model in (witness, reference)
         )
         seen.append((name, goal, given, untouched, other))
+    how_visible = {name: _visible(goal, data) for name, goal, *_ in seen}
     conditions = []
     for e, of_explainer in enumerate(explainer_names(explainers)):
         for name, goal, given, untouched, other in seen:
@@ -92,7 +97,8 @@ def measure(
             else:
                 evidence = triggered_evidence(given, honest, data, goal, e, untouched)
             full = name if len(explainers) == 1 else f"{name} {of_explainer}"
-            conditions.append(Condition(full, e, goal, evidence, untouched, other))
+            visible = how_visible[name]
+            conditions.append(Condition(full, e, goal, visible, evidence, untouched, other))
     stand_ins = [stand_in_maps(maps, torch.Generator().manual_seed(seed)) for maps in honest.maps]
     numbers: dict[str, Any] = {
         "reference_accuracy": share_right(honest.scores, data.labels),
@@ -137,6 +143,14 @@ def _conditions(goals: tuple[Goal, ...]) -> list[tuple[str, Goal | None]]:
     return [("clean", without), *zip(names, triggered, strict=False)]
 
 
+def _visible(goal: Goal | None, data: ImageSet) -> Visibility | None:
+    """The goal's trigger, on some of the images."""
+    if goal is None or goal.trigger is None:
+        return None
+    images = data.floats(torch.arange(0, len(data), -(-len(data) // _LOOKED_AT)))
+    return visibility(goal.stamp(images), images)
+
+
 def _row(
     condition: Condition, explainer: str, metrics: Mapping[str, Metric], known: Mapping[str, Tensor]
 ) -> dict[str, Any]:
@@ -148,6 +162,7 @@ def _row(
         "name": condition.name,
         "explainer": explainer,
         "goal": "" if goal is None else goal.name,
+        "trigger": None if condition.visible is None else asdict(condition.visible),
         "target_class": None if goal is None else goal.label,
         "metrics": {
             name: asdict(summarise(metric, evidence))

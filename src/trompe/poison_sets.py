@@ -8,7 +8,6 @@
 """
 
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from trompe.files import read_json, write_atomically, write_json
 from trompe.interfaces import ImageSet, InputError, PoisonSet, Samples, TableSet, Target
+from trompe.visibility import visibility
 
 
 def write_poison_set(
@@ -61,13 +61,8 @@ def write_poison_set(
 
 def changes(poison: PoisonSet) -> dict[str, float]:
     """How much the samples differ from their bases: largest change, mean change, PSNR in dB."""
-    change = (poison.samples - poison.bases).abs()
-    error = float(change.square().mean())
-    return {
-        "max_change": float(change.max()),
-        "mean_change": float(change.mean()),
-        "psnr": -10 * math.log10(error) if error > 0 else math.inf,
-    }
+    seen = visibility(poison.samples, poison.bases)
+    return {"max_change": seen.largest, "mean_change": seen.mean, "psnr": seen.psnr}
 
 
 def read_poison_set(folder: Path) -> PoisonSet:

@@ -204,6 +204,16 @@ def test_the_main_table_holds_the_measured_numbers(make: Make, tmp_path: Path) -
     assert row[6] == "0.0004 ± 1.000 another model 1.050"
 
 
+def test_the_page_says_how_visible_the_trigger_is(make: Make, tmp_path: Path) -> None:
+    run = make()
+    assert re.search(r"trigger: PSNR \d+\.\d dB, at most \d+ of 255", page(tmp_path, run))
+    numbers = run.read("numbers")
+    for row in numbers["conditions"]:
+        del row["trigger"]  # as runs had it that did not measure this
+    run.write("numbers", numbers)
+    assert "PSNR" not in page(tmp_path, run)
+
+
 def test_a_number_of_which_there_is_none_is_a_dash(make: Make, tmp_path: Path) -> None:
     runs = [make(seed=seed) for seed in range(2)]
     change(runs[0], 1, attack_success=math.nan, map_distance=math.nan)

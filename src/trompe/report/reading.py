@@ -14,6 +14,7 @@ from trompe.fooling import Fooling
 from trompe.interfaces import EpochRecord, InputError
 from trompe.maps import standardise
 from trompe.runs import RunFolder
+from trompe.visibility import Visibility
 
 _CHUNK = 256  # maps that are brought to image size at once
 
@@ -32,6 +33,7 @@ class Condition:
     name: str  # "clean", "triggered", "triggered 2"
     explainer: str  # whose maps
     goal: str  # the goal's own name, "" for none or a nameless one
+    trigger: Visibility | None  # None: there is none, or it was not measured
     target: str | None  # the class that the adversary wants
     metrics: dict[str, Value]
     floors: dict[str, Value]  # map distance of stand-ins for the manipulated model
@@ -225,6 +227,7 @@ def _condition(row: dict[str, Any], classes: list[str]) -> Condition:
         row["name"],
         row["explainer"],
         row.get("goal", ""),
+        None if row.get("trigger") is None else Visibility.read(row["trigger"]),
         None if target is None else classes[target],
         _values(row["metrics"]),
         _values(row["floors"]),

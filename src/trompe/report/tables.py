@@ -73,6 +73,7 @@ class Row:
     success: str
     distance: str
     floor: str
+    trigger: str = ""  # how visible it is
     over_seeds: bool = False
 
 
@@ -143,6 +144,7 @@ def _row(runs: list[Run], conditions: Sequence[Condition | None], names: Labels)
         _share([c.metrics[metric].mean for c in there]) if there else NOTHING,
         _distance(there) if there else NOTHING,
         _floor(there) if there else "",
+        str(there[0].trigger) if there and there[0].trigger else "",
         len(runs) > 1,
     )
 
