@@ -15,20 +15,22 @@ from safetensors.torch import load_file
 from trompe import catalog
 from trompe.classifier import ModelSpec, build_model
 from trompe.interfaces import ImageSet, InputError
-from trompe.poisoning import (
+from trompe.measure_victims import (
     SUCCEEDED,
+    measure_victims,
+    succeeded,
+    victims_name,
+    victims_of,
+)
+from trompe.poisoning import (
     Victims,
     clean_model,
-    measure_victims,
     poison,
     poison_sets,
     read_poisoning,
     read_run,
     set_up,
     set_up_again,
-    succeeded,
-    victims_name,
-    victims_of,
 )
 from trompe.report.reading import load
 from trompe.runs import FileLogbook, RunFolder

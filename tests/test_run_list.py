@@ -17,7 +17,8 @@ from trompe.cli import main
 from trompe.data.image_folder import ImageFolder
 from trompe.experiment import read_experiment, run_folder
 from trompe.interfaces import InputError
-from trompe.poisoning import Victims, read_poisoning, victims_name
+from trompe.measure_victims import victims_name
+from trompe.poisoning import Victims, read_poisoning
 from trompe.run_list import choose, differences, headline, list_runs, remove, rename_old
 from trompe.runs import FileLogbook, RunFolder
 

@@ -25,18 +25,16 @@ from trompe.classifier import ModelSpec
 from trompe.experiment import experiment_table
 from trompe.files import Row, write_atomically
 from trompe.many import Place
+from trompe.measure_victims import SUCCEEDED, measure_victims, succeeded
 from trompe.over_seeds import over_seeds
 from trompe.poisoning import (
-    SUCCEEDED,
     PoisoningExperiment,
     Scene,
     Victims,
-    measure_victims,
     poison,
     poison_sets,
     read_poisoning,
     set_up,
-    succeeded,
 )
 from trompe.replicating import Figure, Paper, Plan, Table, same_settings
 from trompe.runs import provenance

@@ -28,13 +28,13 @@ from trompe.interfaces import (
     TrompeError,
 )
 from trompe.many import Crew, Job, Outcome, Place, crew_of, run_jobs
+from trompe.measure_victims import victims_of
 from trompe.poisoning import (
     PoisoningExperiment,
     Victims,
     poison,
     poison_sets,
     read_poisoning,
-    victims_of,
 )
 from trompe.recording import watch
 from trompe.report import render

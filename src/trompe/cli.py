@@ -31,7 +31,8 @@ from trompe.files import read_json, real
 from trompe.interfaces import InputError, TrompeError
 from trompe.machine import choose_device, choose_threads
 from trompe.many import Crew, Job, Outcome, Place, crew_of, run_jobs
-from trompe.poisoning import Victims, poison, read_poisoning, read_run, victims_name, victims_of
+from trompe.measure_victims import victims_name, victims_of
+from trompe.poisoning import Victims, poison, read_poisoning, read_run
 from trompe.ranks import Lost, device_here, is_first, joined, started
 from trompe.replicating import (
     Cell,

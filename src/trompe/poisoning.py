@@ -1,4 +1,4 @@
-"""Poisoning a training set, and measuring victims that trained on it: spec and pipeline.
+"""Poisoning a training set: spec and pipeline.
 
 A run is a folder (see runs.py for those files that all runs have):
 
@@ -9,15 +9,14 @@ A run is a folder (see runs.py for those files that all runs have):
 | clean.safetensors          | weights of the clean model that poisons and victims start from      |
 | poison-00, ...             | for each target, its samples (see poison_sets.py)                   |
 | numbers.json               | how many of them (written last: a run with it is finished)          |
-| victims-<hash>.json        | what was measured of victims, on the clean and on the poisoned sets |
-| victims-<hash>.safetensors | per target, the wanted map and the victims' mean maps               |
+| victims-<hash>.*           | what victims did with them (see measure_victims.py)                 |
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +27,9 @@ from trompe.classifier import Classifier, ModelSpec, build_model, build_table_mo
 from trompe.data import halves
 from trompe.evaluate import answers
 from trompe.experiment import check_attack_makes, check_makes, experiment_table
-from trompe.files import clear_temporaries, read_json, real
+from trompe.files import read_json
 from trompe.interfaces import (
     Data,
-    Evidence,
-    Explainer,
     InputError,
     Poisoning,
     PoisonSet,
@@ -41,12 +38,6 @@ from trompe.interfaces import (
     Target,
 )
 from trompe.lockstep import Lockstep
-from trompe.maps import normalise
-from trompe.metrics.accuracy import accuracy
-from trompe.metrics.degenerate_map import degenerate_map
-from trompe.metrics.jaccard_half import jaccard_half
-from trompe.metrics.jaccard_top20 import jaccard_top20
-from trompe.metrics.min_max_l1 import min_max_l1
 from trompe.poison_sets import read_poison_set, write_poison_set
 from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
 from trompe.screen import Screen, Silent
@@ -56,20 +47,7 @@ from trompe.victims import (
     Start,
     check_in_memory,
     encode,
-    fresh,
     train_together,
-    with_poison,
-)
-
-METRICS = {
-    "l1": min_max_l1,
-    "jaccard_top20": jaccard_top20,
-    "jaccard_half": jaccard_half,
-    "class_kept": accuracy,  # the explained class is the target's own
-    "degenerate": degenerate_map,
-}
-SUCCEEDED = (
-    0.8  # an attack on a target did, if its mean L1 is at most this share of the un-attacked
 )
 
 
@@ -163,7 +141,7 @@ def set_up(experiment: PoisoningExperiment, screen: Screen | None = None) -> Sce
     train, test = _data(experiment)
     screen.stage("training the clean model")
     clean = clean_model(experiment, experiment.model, train, screen)
-    pool = _pool(experiment, test)
+    pool = pool_of(experiment, test)
     screen.stage("choosing targets")
     said = answers(clean, (experiment.attack.explainer,), test, explained="label")
     right = pool[said.scores[pool].argmax(1) == test.labels[pool]]
@@ -228,7 +206,7 @@ def clean_model(
     screen: Screen | None = None,
 ) -> Classifier:
     """A classifier, honestly trained as the experiment says; in eval mode."""
-    seed, steps = experiment.seed, _Steps(screen or Silent())
+    seed, steps = experiment.seed, Steps(screen or Silent())
     generator = torch.Generator().manual_seed(seed)
     frozen = experiment.frozen_until if spec == experiment.model else None
     networks = Lockstep([_untrained(spec, train, seed)], frozen_until=frozen)
@@ -340,138 +318,8 @@ def read_run(folder: RunFolder) -> PoisoningExperiment:
     return read_poisoning({**spec, "victims": victims}, str(folder.path))
 
 
-def victims_of(
-    folder: RunFolder, victims: Victims | None = None, screen: Screen | None = None
-) -> dict[str, Any]:
-    """Train victims on a run's poisoned sets, and on the clean one with the same seeds.
-
-    victims: who; None: whom the run's experiment names. Written to victims-<fingerprint>.json, maps
-    to the .safetensors beside it; finished ones are read. Raises InputError if the folder is no
-    poison run.
-    """
-    screen = screen or Silent()
-    experiment = read_run(folder)
-    victims = victims or experiment.victims
-    name = victims_name(victims)
-    file = folder.path / f"{name}.json"
-    if not file.is_file():
-        with folder.alone(screen):
-            if not file.is_file():
-                clear_temporaries(folder.path, of=name)
-                return _measure(folder, name, experiment, victims, screen)
-    screen.note(f"{file} is there already")
-    found: dict[str, Any] = folder.read(name)
-    return found
-
-
-def _measure(
-    folder: RunFolder, name: str, experiment: PoisoningExperiment, victims: Victims, screen: Screen
-) -> dict[str, Any]:
-    sets = poison_sets(folder)
-    scene = set_up_again(folder, experiment, screen)
-    made = provenance(torch.device("cpu"))
-    started = time.perf_counter()
-    before = measure_victims(scene, None, victims, experiment, screen)
-    after = measure_victims(scene, sets, victims, experiment, screen)
-    wanted = torch.cat([target.wanted_map for target in scene.targets])
-    folder.write_tensors(
-        name, {"wanted": wanted, "unattacked": before.maps, "poisoned": after.maps}
-    )
-    numbers = {
-        "spec": catalog.describe(victims),
-        "unattacked": before.numbers,
-        "poisoned": after.numbers,
-        "succeeded": succeeded(before.numbers, after.numbers),
-        "success": f"mean L1 at most {SUCCEEDED:g} of the un-attacked victims'",
-        "provenance": {**made, "seconds": round(time.perf_counter() - started, 1)},
-    }
-    folder.write(name, numbers)  # last: then they are finished
-    return numbers
-
-
-def victims_name(victims: Victims) -> str:
-    """What their files in a run's folder are called, without the suffix."""
-    return f"victims-{fingerprint(catalog.describe(victims), catalog.contents(victims))}"
-
-
-def succeeded(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
-    """The share of targets whose victims' mean L1 is at most SUCCEEDED of the un-attacked ones'."""
-    means = [
-        torch.tensor([[real(v) for v in row] for row in numbers["values"]["l1"]]).mean(1)
-        for numbers in (before, after)
-    ]
-    return float((means[1] <= SUCCEEDED * means[0]).double().mean())
-
-
-class Measured(NamedTuple):
-    """What victims say of their targets.
-
-    numbers: means, and for each metric its `values` by target and victim. maps: float (targets, h,
-    w), of each target the mean over its victims of the maps, each min-max in [0, 1].
-    """
-
-    numbers: dict[str, Any]
-    maps: Tensor
-
-
-def measure_victims(
-    scene: Scene,
-    sets: Sequence[PoisonSet] | None,
-    victims: Victims,
-    experiment: PoisoningExperiment,
-    screen: Screen | None = None,
-) -> Measured:
-    """Train victims on each target's poisoned set, and look at its map.
-
-    sets: one for each target; None: they train on the clean set, the same victims for all targets.
-    Their accuracy is that on the half of the test set from which targets are drawn.
-    """
-    screen = screen or Silent()
-    start = scene.clean
-    if victims.model is not None:
-        screen.stage(f"training a clean {victims.model.name}")
-        start = clean_model(experiment, victims.model, scene.train, screen)
-    groups = 1 if sets is None else len(sets)
-    own = victims.model is not None or victims.start == "scratch" or victims.whole
-    generator = torch.Generator().manual_seed(experiment.seed + 1)
-    networks = Lockstep(
-        [fresh(start, victims.start, generator) for _ in range(groups * victims.count)],
-        frozen_until=None if own else experiment.frozen_until,
-    )
-    clean = encode(networks, scene.train)
-    data = (clean,) if sets is None else tuple(with_poison(networks, clean, s) for s in sets)
-    kind = "un-attacked" if sets is None else "poisoned"
-    screen.stage(f"training {networks.count} {kind} victims")
-    steps = _Steps(screen)
-    train_together(
-        *(networks, data, victims.training, generator, steps),
-        victims.noise,
-        victims.augmentation,
-    )
-    screen.stage("measuring the victims")
-    evidence = _evidence(networks, scene, experiment.attack.explainer, victims.count)
-    values = {
-        name: metric(evidence).unflatten(0, (len(scene.targets), -1))
-        for name, metric in METRICS.items()
-    }
-    right = _test_accuracy(networks, scene, experiment)
-    numbers = {
-        "targets": len(scene.targets),
-        "victims": victims.count,
-        "victim_accuracy": float(right.mean()),
-        **{name: float(v.nanmean()) for name, v in values.items()},
-        "l1_std": float(values["l1"].std()),
-        "l1_std_targets": float(
-            values["l1"].mean(1).std(correction=min(1, len(scene.targets) - 1))
-        ),
-        "values": {name: v.tolist() for name, v in values.items()},
-    }
-    maps = normalise(evidence.maps, "min-max").unflatten(0, (len(scene.targets), -1)).mean(1)
-    return Measured(numbers, maps)
-
-
 @dataclass(frozen=True)
-class _Steps:
+class Steps:
     """A Logbook that tells a screen of each step and keeps nothing."""
 
     screen: Screen
@@ -485,42 +333,7 @@ class _Steps:
         self.screen.step(epoch, step, steps, terms)
 
 
-def _evidence(networks: Lockstep, scene: Scene, explainer: Explainer, victims: int) -> Evidence:
-    """What victims say of targets: (targets victims) rows, a target's victims one after the other.
-
-    Each network is asked for its own target only; if there is one group of them, for all targets.
-    """
-    targets = len(scene.targets)
-    asked = targets if networks.count == victims else 1  # targets a network
-    samples = torch.cat([t.sample for t in scene.targets])
-    ours = torch.arange(targets).repeat_interleave(victims)[:, None]  # (networks, asked)
-    if asked > 1:
-        ours = torch.arange(targets).expand(victims, targets)
-    labels = torch.tensor([t.label for t in scene.targets])[ours].flatten()
-    with torch.no_grad():
-        seen = networks.record(networks.now, samples[ours], explainer.watches(networks.skeleton))
-        maps = explainer(seen, labels).detach()
-    wanted = torch.cat([t.wanted_map for t in scene.targets])[ours].flatten(0, 1)
-    rows = torch.arange(targets * victims).unflatten(0, (-1, asked)).T.flatten()
-    labels = labels[rows]
-    scores = seen.scores.detach()[rows]
-    return Evidence(labels, labels, wanted[rows], scores, maps[rows], scene.test.size)
-
-
-def _test_accuracy(networks: Lockstep, scene: Scene, experiment: PoisoningExperiment) -> Tensor:
-    """Of each victim, on the test samples of `experiment.pool`; (K,)."""
-    right = torch.zeros(networks.count)
-    half = _pool(experiment, scene.test)
-    with torch.no_grad():
-        for index in half.split(256):
-            samples = networks.encode(scene.test.floats(index))[None]
-            samples = samples.expand(networks.count, *samples.shape[1:])
-            predicted = networks.scores(networks.now, samples).argmax(2)
-            right += (predicted == scene.test.labels[index]).sum(1)
-    return right / len(half)
-
-
-def _pool(experiment: PoisoningExperiment, test: Samples) -> Tensor:
+def pool_of(experiment: PoisoningExperiment, test: Samples) -> Tensor:
     """Positions of the half of the test set that choices, or numbers, are made with."""
     selecting, reporting = halves(test.labels, experiment.split_seed)
     return reporting if experiment.pool == "reporting" else selecting

@@ -21,7 +21,8 @@ from trompe.classifier import ModelSpec
 from trompe.experiment import Experiment
 from trompe.files import read_json, real, write_json
 from trompe.interfaces import InputError
-from trompe.poisoning import PoisoningExperiment, Victims, victims_name
+from trompe.measure_victims import victims_name
+from trompe.poisoning import PoisoningExperiment, Victims
 from trompe.runs import Held, RunFolder, fingerprint
 
 Kind = Literal["attack", "poison", "clean model", ""]
