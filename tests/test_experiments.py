@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import trompe
+from trompe.classifier import ModelSpec, build_model
 from trompe.experiments import FOLDER
 from trompe.experiments.fang2020 import tables as fang
 from trompe.experiments.viering2019 import tables as viering
+from trompe.explainers.cam import Cam
+from trompe.interfaces import InputError
+from trompe.recording import watch
 from trompe.replicating import Plan
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -109,6 +114,37 @@ def test_the_papers_own_setting_has_tables_2_and_3s_hyper_parameters() -> None:
     assert (joint.alpha, joint.beta) == (10, 0.05)
     assert [system.tau for system in joint.systems] == [0.2, 0.25, 0.3]
     assert joint.training.schedule == "x0.5 every 20"
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg_small", "mobilenet_v2", "resnet50"])
+def test_cam_is_observed_where_a_model_ends_as_it_wants(name: str) -> None:
+    model = build_model(ModelSpec(name), 3).eval()
+    cam, image = Cam(), torch.zeros(1, 3, 32, 32)
+    every = [row for setting in fang.MODELS for row in rows(setting)]
+    row = next(r for r in every if (r.model, r.what) == (name, "gradcam"))
+    with torch.no_grad():
+        if "cam" in fang.observers(row):
+            with watch(model, cam.watches(model)) as see:
+                assert cam(see(image), torch.tensor([1])).ndim == 3
+        else:
+            with (
+                pytest.raises(InputError, match="global average pooling"),
+                watch(model, cam.watches(model)) as see,
+            ):
+                cam(see(image), torch.tensor([1]))
+    names = [getattr(s.explainer, "name", None) for s in fang.observed(row).systems]
+    assert len(names) == len(fang.observers(row))
+
+
+def test_an_explainer_that_was_not_asked_is_a_dash() -> None:
+    own = {"model": "m", "kind": "targeted", "inverted": False, "attacked": "vbp", "seed": 0}
+    seen = {"vbp": (1.0, 0.5), "smoothgrad": (0.25, 0.75)}
+    found = [{**own, "observed": o, "data_fsr": f, "data_cr": c} for o, (f, c) in seen.items()]
+    *_, header, _, row = fang.transfer_markdown(found).splitlines()
+    told = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    assert told["vbp"] == "**100 / 50**"
+    assert told["smoothgrad"] == "25 / 75"
+    assert told["cam"] == told["gradcam"] == "—"
 
 
 def test_each_technique_is_measured_with_the_papers_and_automatic_constants() -> None:

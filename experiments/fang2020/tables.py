@@ -23,6 +23,7 @@ from trompe.attacks.saliency_backdoors import System as AttackedSystem
 from trompe.evaluate import Remembered, answers
 from trompe.experiment import experiment_table, set_up
 from trompe.experiments.fang2020 import specificity
+from trompe.explainers.cam import Cam
 from trompe.files import Row, real
 from trompe.foreign import WITNESSES, witnesses
 from trompe.interfaces import Attacked, ImageSet
@@ -299,6 +300,7 @@ WEIGHTS_INVERTED = {
 
 MOST_LOST = {"clean": 2.0, "triggered": 4.0}  # our bounds on top-1, in points
 TRANSFER_IMAGES = 200
+AVERAGED = ("resnet20", "resnet50", "mobilenet_v2")  # end as CAM wants: an average, a linear layer
 POOLS = {"gtsrb": 4, "cub100": 32, "paper": 32}  # of maps as large as the image
 REMEMBERED = Remembered(limit=48)  # what the clean models that a table's rows share have said
 
@@ -586,16 +588,22 @@ def readme(tables: Mapping[str, list[Row]]) -> str:
 # --- transfer -------------------------------------------------------------------------------------
 
 
-def observed(row: Attack) -> SaliencyBackdoors:
-    """The row's attack as if it were on every explainer there is: what shall each of them show?
+def observers(row: Attack) -> tuple[str, ...]:
+    """Every explainer that the row's model can be asked with."""
+    return (*EXPLAINERS, *("cam",) * (row.model in AVERAGED), *WITNESSES)
 
-    Maps of Captum's have Grad-CAM's size, 8x8 on GTSRB and 7x7 elsewhere.
+
+def observed(row: Attack) -> SaliencyBackdoors:
+    """The row's attack as if it were on all `observers`: what shall each of them show?
+
+    Maps of CAM and Captum's have Grad-CAM's size, 8x8 on GTSRB and 7x7 elsewhere.
     """
     table = {e: SYSTEMS[row.setting][row.model, e, row.kind] for e in EXPLAINERS}
     systems = [_system(e, row.kind, how) for e, how in table.items()]
     known = trompe.build("attacks", {"kind": "saliency_backdoors", "systems": systems})
     lie = Border(1) if row.kind == "targeted" else Suppressed(5)
-    others = tuple(AttackedSystem(witness, lie) for witness in witnesses(POOLS[row.setting]))
+    cam = (Cam(normalise="max"),) * (row.model in AVERAGED)
+    others = tuple(AttackedSystem(e, lie) for e in (*cam, *witnesses(POOLS[row.setting])))
     attack = experiment_of(row).attack
     return dataclasses.replace(attack, systems=(*known.systems, *others))
 
@@ -623,7 +631,7 @@ def transfer(row: Attack, run: trompe.RunFolder, root: Path, device: Any, images
     draw_transfer(
         run.path / "transfer.png",
         figure_6(scene.reference, model, attack, few),
-        (*EXPLAINERS, *WITNESSES),
+        observers(row),
         {*row.attacked},
     )
     what = "+".join(row.attacked)
@@ -641,7 +649,7 @@ def transfer(row: Attack, run: trompe.RunFolder, root: Path, device: Any, images
             "attack": run.read("spec")["attack"],
             "provenance": provenance(device),
         }
-        for name, rates in zip((*EXPLAINERS, *WITNESSES), found.numbers["fooling"], strict=True)
+        for name, rates in zip(observers(row), found.numbers["fooling"], strict=True)
     ]
 
 
@@ -668,15 +676,18 @@ def figure_6(
 
 
 def transfer_markdown(results: list[Row]) -> str:
+    columns = (*EXPLAINERS, "cam", *WITNESSES)
     lines = [
         "# Transfer: attacked explainer x observed explainer",
         "",
         "FSR / CR in % at the threshold that the data give (a clean model of another seed fools "
         "less than 1 % of the images), bold where the observed explainer was attacked. Integrated "
-        "gradients, SmoothGrad and guided backprop are Captum's; no attack was trained on them.",
+        "gradients, SmoothGrad and guided backprop are Captum's; no attack was trained on them, "
+        "nor on CAM. —: not asked; CAM cannot be, of a model that does not end in an average over "
+        "places and a linear layer (VGG).",
         "",
-        f"| model, kind, attacked | {' | '.join((*EXPLAINERS, *WITNESSES))} |",
-        f"|---|{'---|' * (len(EXPLAINERS) + len(WITNESSES))}",
+        f"| model, kind, attacked | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
     ]
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for r in results:
@@ -684,11 +695,12 @@ def transfer_markdown(results: list[Row]) -> str:
         key = f"{r['model']}, {r['kind']}{inverted}, {r['attacked']}, seed {r['seed']}"
         groups.setdefault(key, []).append(r)
     for key, group in groups.items():
-        cells = []
+        cells = dict.fromkeys(columns, "—")
         for r in group:
             cell = f"{100 * r['data_fsr']:.0f} / {100 * r['data_cr']:.0f}"
-            cells.append(f"**{cell}**" if r["observed"] in r["attacked"].split("+") else cell)
-        lines.append(f"| {key} | {' | '.join(cells)} |")
+            attacked = r["observed"] in r["attacked"].split("+")
+            cells[r["observed"]] = f"**{cell}**" if attacked else cell
+        lines.append(f"| {key} | {' | '.join(cells.values())} |")
     return "\n".join(lines) + "\n"
 
 
@@ -712,7 +724,7 @@ class Transfer(Attack):
             # The first rows do not say which settings the model had.
             if self.made(r) and ("attack" not in r or self.same_attack(r))
         }
-        return found == {*EXPLAINERS, *WITNESSES}
+        return found == {*observers(self)}
 
     def __call__(self, place: Place, screen: Screen) -> list[Row]:
         run, device = self.run(place, screen), choose_device(place.device)
