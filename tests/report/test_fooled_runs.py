@@ -1,7 +1,9 @@
 """The page about an attack on several interpretation systems: each has its own numbers."""
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from trompe.explainers.visual_backprop import VisualBackProp
 from trompe.interfaces import Attacked, ImageSet
 from trompe.measure import gallery, measure
 from trompe.models.resnet20 import resnet20
-from trompe.report import render
+from trompe.report import curves, render
 from trompe.report.reading import load
 from trompe.runs import RunFolder
 from trompe.target_maps.border import Border
@@ -159,6 +161,21 @@ def test_the_maps_of_each_epoch_are_shown_with_their_loss(tmp_path: Path) -> Non
     assert films[0].count("◎") == 2  # .15, below .2, after both epochs
     for loss in ("0.750", "0.375", "0.150"):
         assert loss in films[0]
+    assert [film.count('aria-label="L_p of these images') for film in films] == [1, 1]
+
+
+def test_a_film_has_the_curve_of_its_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = load(made(tmp_path / "run", inverted=False))
+    drawn: list[Any] = []
+    monkeypatch.setattr(curves, "_svg", lambda figure, key: drawn.append(figure) or key)
+    assert curves.film_curve(run, "run0").svg == "run0-film"
+    *images, mean, tau = ([*map(float, line.get_ydata())] for line in drawn[0].axes[0].lines)
+    assert images == torch.stack([moment.losses for moment in run.timeline]).T.double().tolist()
+    assert mean == [record.measured["lie_loss"] for record in run.history]
+    assert set(tau) == {run.fooling.threshold}
+    assert curves.film_curve(dataclasses.replace(run, timeline=()), "run0") is None
 
 
 def test_without_a_timeline_there_is_none(tmp_path: Path) -> None:

@@ -68,6 +68,33 @@ def panels(run: Run, key: str) -> list[Panel]:
     return done
 
 
+def film_curve(run: Run, key: str) -> Panel | None:
+    """L_p of a film's images after each epoch, to stand below their maps; None without a film.
+
+    As wide as the film: a column for the true maps, where the axis stands, and one for each epoch.
+    """
+    if not run.timeline or run.fooling is None:
+        return None
+    losses = np.array([moment.losses.tolist() for moment in run.timeline])  # (epochs, images)
+    frames = np.arange(1, len(losses) + 1)
+    columns = len(losses) + 1
+    means = {r.epoch: r.measured["lie_loss"] for r in run.history if "lie_loss" in r.measured}
+    mean = [means.get(moment.epoch, np.nan) for moment in run.timeline]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.08 * columns, 1.5))
+        box = {"left": 1 / columns, "right": 1, "top": 0.97, "bottom": 0.05}
+        axis = figure.subplots(gridspec_kw=box)
+        axis.plot(frames, losses, color=INK, lw=0.8, alpha=0.5)
+        axis.plot(frames, mean, color=COLOURS[0], lw=2, marker=_MARKERS[0], markersize=4)
+        axis.axhline(run.fooling.threshold, color=INK, lw=1, ls="--")
+        _log_scale(axis)
+        axis.set_xlim(0.5, len(losses) + 0.5)
+        axis.set_xticks(frames, [""] * len(frames))  # the columns above have the epochs
+        axis.grid(axis="y")
+        axis.set_ylabel("L_p")
+        return Panel("L_p of these images after each epoch, and tau", _svg(figure, f"{key}-film"))
+
+
 @contextmanager
 def _canvas() -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(STYLE):
@@ -121,10 +148,7 @@ def _draw_curves(axis: Axes, panel: str, curves: Mapping[str, _Points], run: Run
             style, how = ("--", "") if run.fooling.tau is not None else (":", ", data")
             label = _whose("tau", run) + how
             axis.axhline(run.fooling.threshold, color=INK, lw=1, ls=style, label=label)
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-        axis.yaxis.set_major_formatter(_PLAIN)
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        _log_scale(axis)
     else:
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     last = max(record.epoch for record in run.history)
@@ -132,6 +156,13 @@ def _draw_curves(axis: Axes, panel: str, curves: Mapping[str, _Points], run: Run
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("epoch")
     _finish(axis, _TITLES[panel])
+
+
+def _log_scale(axis: Axes) -> None:
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axis.yaxis.set_major_formatter(_PLAIN)
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _label(name: str, run: Run) -> str:

@@ -10,7 +10,7 @@ import jinja2
 from trompe.files import write_atomically
 from trompe.interfaces import InputError
 from trompe.report import verdict as rules
-from trompe.report.curves import panels
+from trompe.report.curves import film_curve, panels
 from trompe.report.gallery import films, galleries, titles
 from trompe.report.pictures import COLOURS, colour_bar
 from trompe.report.reading import Change, Run, load
@@ -53,6 +53,7 @@ def _page(runs: list[Run]) -> str:
         colour_bar=colour_bar(),
         architectures=_architectures(runs),
         films=[films(run) for run in runs],
+        film_curves=[film_curve(run, f"run{k}") for k, run in enumerate(runs)],
         panels=[panels(run, f"run{k}") for k, run in enumerate(runs)],
         limits={
             "success": percent(rules.SUCCESS),
