@@ -80,13 +80,16 @@ def film_curve(run: Run, key: str) -> Panel | None:
     columns = len(losses) + 1
     means = {r.epoch: r.measured["lie_loss"] for r in run.history if "lie_loss" in r.measured}
     mean = [means.get(moment.epoch, np.nan) for moment in run.timeline]
+    tau = run.fooling.threshold
+    lowest = max(np.nanmin([tau, *mean]) / 5, _LEAST)  # an image's loss may be 0
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.08 * columns, 1.5))
         box = {"left": 1 / columns, "right": 1, "top": 0.97, "bottom": 0.05}
         axis = figure.subplots(gridspec_kw=box)
-        axis.plot(frames, losses, color=INK, lw=0.8, alpha=0.5)
+        axis.plot(frames, losses.clip(lowest), color=INK, lw=0.8, alpha=0.5)
         axis.plot(frames, mean, color=COLOURS[0], lw=2, marker=_MARKERS[0], markersize=4)
-        axis.axhline(run.fooling.threshold, color=INK, lw=1, ls="--")
+        axis.axhline(tau, color=INK, lw=1, ls="--")
+        axis.set_ylim(bottom=lowest * 0.9)
         _log_scale(axis)
         axis.set_xlim(0.5, len(losses) + 0.5)
         axis.set_xticks(frames, [""] * len(frames))  # the columns above have the epochs
@@ -160,7 +163,9 @@ def _draw_curves(axis: Axes, panel: str, curves: Mapping[str, _Points], run: Run
 
 def _log_scale(axis: Axes) -> None:
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    lowest, highest = axis.get_ylim()
+    subs = (1, 2, 5) if highest < 50 * lowest else (1,)
+    axis.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axis.yaxis.set_major_formatter(_PLAIN)
     axis.yaxis.set_minor_formatter(NullFormatter())
 
