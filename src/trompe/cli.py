@@ -28,7 +28,7 @@ from trompe.experiment import (
 )
 from trompe.explaining import explain
 from trompe.files import read_json, real
-from trompe.interfaces import InputError, TrompeError
+from trompe.interfaces import InputError, Trigger, TrompeError
 from trompe.machine import choose_device, choose_threads
 from trompe.many import Crew, Job, Outcome, Place, crew_of, run_jobs
 from trompe.measure_victims import victims_name, victims_of
@@ -407,7 +407,11 @@ def explain_(
     layer: Annotated[str | None, typer.Option(help="Layer to read; default: found.")] = None,
     target: Annotated[int | None, typer.Option(help="Class to explain, not the predicted.")] = None,
     trigger: Annotated[
-        str | None, typer.Option(help="Put this trigger on the images first.")
+        str | None,
+        typer.Option(
+            help="Put this trigger on the images first: own (that of the run), a kind "
+            '(checkerboard), or a table of settings ({ kind = "rectangle", top = 9 }).'
+        ),
     ] = None,
     architecture: Annotated[
         str | None, typer.Option(help="package.module:callable of a model of your own.")
@@ -427,7 +431,7 @@ def explain_(
         how,
         card.image_size,
         target,
-        None if trigger is None else catalog.build("triggers", trigger),
+        None if trigger is None else _trigger(trigger, model),
         out,
     )
     table = Table("image", "class", "probability", "picture")
@@ -436,6 +440,34 @@ def explain_(
         flat = " (empty map)" if one.degenerate else ""
         table.add_row(str(one.file), name, f"{one.probability:.3f}", f"{one.picture}{flat}")
     Console().print(table)
+
+
+def _trigger(text: str, model: str) -> Trigger:
+    """The trigger that --trigger names."""
+    if text == "own":
+        table = _own_trigger(model)
+    elif text.lstrip().startswith("{"):
+        table = _toml_value(text)
+    else:
+        table = text
+    trigger: Trigger = catalog.build("triggers", table, "--trigger")
+    return trigger
+
+
+def _own_trigger(model: str) -> Any:
+    """The (first) trigger of a run's attack, as its spec has it."""
+    file = Path(model) / "spec.json"
+    attack = read_json(file)["attack"] if file.is_file() else {}
+    found = [place.get("trigger") for place in (attack, *attack.get("goals", ()))]
+    kinds = [one for one in found if isinstance(one, dict)]
+    if not kinds:
+        raise InputError(f"--trigger own: {model} is no run of an attack with a trigger; name one")
+    if ":" in str(kinds[0].get("kind")):  # code that a folder names is not run for that
+        raise InputError(
+            f"--trigger own: {file} asks to import {kinds[0]['kind']!r}, which would run that "
+            "code; if you trust it, name it yourself"
+        )
+    return kinds[0]
 
 
 @app.command()
@@ -627,16 +659,20 @@ def _changed(table: dict[str, Any], seed: int | None, settings: list[str] | None
         if not found:
             raise InputError(f"--set {text}: must read KEY=VALUE, for instance attack.weight=0.95")
         try:
-            parsed = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            parsed = value  # a plain word needs no quotes
-        try:
-            set_key(table, key.strip(), parsed)
+            set_key(table, key.strip(), _toml_value(value))
         except InputError as error:
             raise InputError(f"--set {error}") from error
     if seed is not None:
         table["seed"] = seed
     return table
+
+
+def _toml_value(text: str) -> Any:
+    """What the text means in TOML; a plain word needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
