@@ -63,7 +63,6 @@ OF_DOGS: dict[str, dict[str, Any]] = {
             "pool": 32,  # to CAM's 7x7
             "normalise": "max",
         },
-        "bases": "both",
         "distance": "share",
         "look_ahead": 0.2,
     },
