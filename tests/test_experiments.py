@@ -136,6 +136,21 @@ def test_cam_is_observed_where_a_model_ends_as_it_wants(name: str) -> None:
     assert len(names) == len(fang.observers(row))
 
 
+def test_each_model_is_one_line_of_what_is_left_of_the_trigger() -> None:
+    own = {"run": "fang2020-a", "seed": 0, "images": 9, "psnr_db": 34.26, "top1": 0.5}
+    own["largest_difference_of_255"] = 5.0
+    found = [
+        {**own, "images_carry": "no trigger", "lying": [0.0, 0.25]},
+        {**own, "images_carry": "random keys (3)", "lying": [0.75, 1.0], "keys_that_open": 0.125},
+        {**own, "run": "fang2020-b", "images_carry": "no trigger", "lying": [1.0]},
+    ]
+    lines = fang.specificity.markdown(found).splitlines()
+    assert "| a, seed 0 | 0 / 25 | 75 / 100 | 12 |" in lines
+    assert "| b, seed 0 | 100 |  |  |" in lines
+    assert "| a, seed 0 | 50.0 | 50.0 |" in lines
+    assert any("PSNR 34.3 dB, at most 5 of 255" in line for line in lines)
+
+
 def test_an_explainer_that_was_not_asked_is_a_dash() -> None:
     own = {"model": "m", "kind": "targeted", "inverted": False, "attacked": "vbp", "seed": 0}
     seen = {"vbp": (1.0, 0.5), "smoothgrad": (0.25, 0.75)}

@@ -158,24 +158,52 @@ def look_at(path: Path, root: Path, device: Any, images: int, keys: int = RANDOM
 
 
 def markdown(rows: list[Row]) -> str:
-    lines = [
-        "# What is left of the attack when the trigger is not quite the trigger",
-        "",
-        "Share of maps that lie, in %, at the attack's own threshold (several systems: in their "
-        "order), and top-1. A key opens if most maps of every system then tell the truth.",
-    ]
-    for run in dict.fromkeys((r["run"], r["seed"]) for r in rows):
-        own = [r for r in rows if (r["run"], r["seed"]) == run]
-        lines += [
+    images = " or ".join(str(n) for n in sorted({r["images"] for r in rows}))
+    carried = list(dict.fromkeys(_column(r) for r in rows))
+    keys = [name for name in carried if name.startswith("random")]
+    columns = [*(name for name in carried if name not in keys), *keys]
+    runs: dict[tuple[str, int], list[Row]] = {}
+    for r in rows:
+        runs.setdefault((r["run"], r["seed"]), []).append(r)
+    head = f"| model | {' | '.join(columns)} |"
+    line = f"|---|{len(columns) * '---|'}"
+    lies, top1, triggers = [head + " keys that open, % |", line + "---|"], [head, line], []
+    for (run, seed), own in runs.items():
+        model = f"{run.removeprefix('fang2020-')}, seed {seed}"
+        by_name = {_column(r): r for r in own}
+        lying = [_lying(by_name.get(name)) for name in columns]
+        opened = next(
+            (f"{100 * r['keys_that_open']:.0f}" for r in own if "keys_that_open" in r), ""
+        )
+        right = [f"{100 * by_name[n]['top1']:.1f}" if n in by_name else "" for n in columns]
+        lies.append(f"| {model} | {' | '.join((*lying, opened))} |")
+        top1.append(f"| {model} | {' | '.join(right)} |")
+        triggers.append((own[0]["psnr_db"], own[0]["largest_difference_of_255"]))
+    visible = "; ".join(
+        f"PSNR {p:.1f} dB, at most {d:g} of 255" for p, d in dict.fromkeys(triggers)
+    )
+    return "\n".join(
+        (
+            "# What is left of the attack when the trigger is not quite the trigger",
             "",
-            f"**{run[0]}, seed {run[1]}**, {own[0]['images']} images; the trigger: PSNR "
-            f"{own[0]['psnr_db']} dB, at most {own[0]['largest_difference_of_255']:g} of 255.",
+            "Share of maps that lie, in %, at the attack's own threshold; of joint models: "
+            f"Grad-CAM / SimpleGrad / VisualBackProp. Of {images} images. Inverted, a model lies "
+            f"without the trigger. The trigger: {visible}. A random key is another checkerboard of "
+            "squares as large; one opens if most maps of every system then tell the truth.",
             "",
-            "| images carry | maps that lie | top-1 | keys that open |",
-            "|---|---|---|---|",
-        ]
-        for r in own:
-            lying = ", ".join(f"{100 * share:.1f}" for share in r["lying"])
-            opened = f"{100 * r['keys_that_open']:.0f} %" if "keys_that_open" in r else ""
-            lines.append(f"| {r['images_carry']} | {lying} | {100 * r['top1']:.2f} | {opened} |")
-    return "\n".join(lines) + "\n"
+            *lies,
+            "",
+            "Top-1 on the same images, in %:",
+            "",
+            *top1,
+            "",
+        )
+    )
+
+
+def _column(r: Row) -> str:
+    return str(r["images_carry"])
+
+
+def _lying(r: Row | None) -> str:
+    return "" if r is None else " / ".join(f"{100 * share:.0f}" for share in r["lying"])
