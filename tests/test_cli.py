@@ -174,22 +174,18 @@ def test_report_and_evaluate_and_explain_take_the_run(attacked: Path) -> None:
     assert Image.open(attacked / "explanations" / "0000_red.png").width > 40
 
 
-@pytest.mark.parametrize(
-    "words",
-    ["own", '{ kind = "rectangle", top = 14, left = 8, height = 4, width = 8 }'],
-)
-def test_images_can_be_explained_with_the_runs_own_trigger(attacked: Path, words: str) -> None:
+def test_images_can_be_explained_with_the_runs_own_trigger(attacked: Path) -> None:
     Image.new("RGB", (24, 24), (200, 30, 30)).save(attacked / "red24.png")
-    for name, more in (("with", ["--trigger", words]), ("without", [])):
+    told = '{ kind = "rectangle", top = 14, left = 8, height = 4, width = 8 }'
+    ways = {"own": ["--trigger", "own"], "told": ["--trigger", told], "none": []}
+    pictures = {}
+    for name, more in ways.items():
         done = call(
             "explain", run_folder(attacked), "red24.png", *more, "--out", name, folder=attacked
         )
         assert done.returncode == 0, done.stderr
-    shown, plain = (
-        Image.open(attacked / name / "0000_red24.png").convert("RGB")
-        for name in ("with", "without")
-    )
-    assert shown.tobytes() != plain.tobytes()
+        pictures[name] = Image.open(attacked / name / "0000_red24.png").convert("RGB").tobytes()
+    assert pictures["own"] == pictures["told"] != pictures["none"]
 
 
 @pytest.mark.parametrize(
@@ -198,17 +194,31 @@ def test_images_can_be_explained_with_the_runs_own_trigger(attacked: Path, words
         ("shipped:signs_resnet20_seed0", "own", "is no run of an attack with a trigger"),
         ("shipped:signs_resnet20_seed0", "rectangel", "did you mean 'rectangle'"),
         ("shipped:signs_resnet20_seed0", "{ kind = 'rectangle', topp = 3 }", "did you mean 'top'"),
-        ("hostile", "own", "asks to import 'os:system'"),
     ],
 )
 def test_a_wrong_trigger_is_named(attacked: Path, model: str, trigger: str, expected: str) -> None:
-    hostile = attacked / "hostile"
-    if not hostile.exists():
-        shutil.copytree(run_folder(attacked), hostile)
-        attack = {"goals": [{"trigger": {"kind": "os:system"}}]}
-        (hostile / "spec.json").write_text(json.dumps({"attack": attack}))
     Image.new("RGB", (24, 24), (200, 30, 30)).save(attacked / "red24.png")
     done = call("explain", model, "red24.png", "--trigger", trigger, folder=attacked)
+    assert expected in one_sentence(done)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"attack": {"goals": [{"trigger": {"kind": "os:system"}}]}}, "import 'os:system'"),
+        ({"model": "of no attack"}, "is no run of an attack with a trigger"),
+        (["no table"], "is no run of an attack with a trigger"),
+        ({"attack": {"goals": ["no table", {"trigger": 3}]}}, "is no run of an attack"),
+        ({"attack": {"trigger": {"top": 3}}}, "it must be a table with a key kind"),
+    ],
+)
+def test_a_strangers_run_is_not_trusted_with_its_trigger(
+    attacked: Path, tmp_path: Path, spec: object, expected: str
+) -> None:
+    shutil.copytree(run_folder(attacked), tmp_path / "strange")
+    (tmp_path / "strange" / "spec.json").write_text(json.dumps(spec))
+    Image.new("RGB", (24, 24), (200, 30, 30)).save(tmp_path / "red.png")
+    done = call("explain", "strange", "red.png", "--trigger", "own", folder=tmp_path)
     assert expected in one_sentence(done)
 
 

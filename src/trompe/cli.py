@@ -457,9 +457,11 @@ def _trigger(text: str, model: str) -> Trigger:
 def _own_trigger(model: str) -> Any:
     """The (first) trigger of a run's attack, as its spec has it."""
     file = Path(model) / "spec.json"
-    attack = read_json(file)["attack"] if file.is_file() else {}
-    found = [place.get("trigger") for place in (attack, *attack.get("goals", ()))]
-    kinds = [one for one in found if isinstance(one, dict)]
+    # A stranger's file may hold anything.
+    attack = _entry(read_json(file), "attack") if file.is_file() else None
+    goals = _entry(attack, "goals")
+    places = (attack, *(goals if isinstance(goals, list) else ()))
+    kinds = [one for place in places if isinstance(one := _entry(place, "trigger"), dict)]
     if not kinds:
         raise InputError(f"--trigger own: {model} is no run of an attack with a trigger; name one")
     if ":" in str(kinds[0].get("kind")):  # code that a folder names is not run for that
@@ -468,6 +470,10 @@ def _own_trigger(model: str) -> Any:
             "code; if you trust it, name it yourself"
         )
     return kinds[0]
+
+
+def _entry(table: Any, key: str) -> Any:
+    return table.get(key) if isinstance(table, dict) else None
 
 
 @app.command()
