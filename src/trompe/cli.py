@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from trompe import catalog
 from trompe.classifier import SHIPPED, load_model
@@ -27,19 +26,29 @@ from trompe.experiment import (
     shipped_experiment,
 )
 from trompe.explaining import explain
-from trompe.files import read_json, real
+from trompe.files import read_json
 from trompe.interfaces import InputError, Trigger, TrompeError
 from trompe.machine import choose_device, choose_threads
 from trompe.many import Crew, Job, Outcome, Place, crew_of, run_jobs
 from trompe.measure_victims import victims_name, victims_of
 from trompe.poisoning import Victims, poison, read_poisoning, read_run
+from trompe.printing import (
+    escape,
+    megabytes,
+    print_cells,
+    print_differences,
+    print_numbers,
+    print_papers,
+    print_poisons,
+    print_runs,
+    print_search,
+    print_table,
+    print_victims,
+)
 from trompe.ranks import Lost, device_here, is_first, joined, started
 from trompe.replicating import (
-    Cell,
-    Paper,
     Plan,
     Results,
-    misses,
     paper_names,
     read_paper,
     replicate,
@@ -50,11 +59,8 @@ from trompe.report import render
 from trompe.report.poison_pictures import draw_maps, draw_poisons
 from trompe.report.search_pictures import draw_search
 from trompe.run_list import (
-    HEADLINES,
     Run,
     choose,
-    differences,
-    headline,
     list_runs,
     remove,
     rename_old,
@@ -62,7 +68,6 @@ from trompe.run_list import (
 from trompe.runs import RunFolder
 from trompe.screen import Screen, Silent, console, progress_bars
 from trompe.search import read_search, search
-from trompe.visibility import Visibility
 
 app = typer.Typer(
     help="Can this model's explanations be trusted?",
@@ -134,7 +139,7 @@ def _end(outcomes: Sequence[Outcome]) -> None:
     """Says which runs failed, and why; exit code 1 if any did."""
     failed = [outcome for outcome in outcomes if outcome.error]
     for outcome in failed:
-        told = f"[red]failed:[/red] {_escape(f'{outcome.job.name}: {outcome.error}')}"
+        told = f"[red]failed:[/red] {escape(f'{outcome.job.name}: {outcome.error}')}"
         console.print(told, soft_wrap=True, highlight=False)
     if failed:
         told = f"{len(failed)} of {len(outcomes)} failed; the same command tries them again"
@@ -166,7 +171,7 @@ def demo(
         if is_first():
             file = out / "report.html"
             render([folder], file)
-            _print_numbers(folder)
+            print_numbers(folder)
             print(f"open {file}")
 
 
@@ -280,7 +285,7 @@ def attack(
         outcomes = _run_all(jobs, Place(root, device), crew)
         paths = [Path(outcome.result) for outcome in outcomes if not outcome.error]
     for path in paths:
-        _print_numbers(RunFolder(path))
+        print_numbers(RunFolder(path))
         print(f"run {path}")
     _end(outcomes)
 
@@ -309,7 +314,7 @@ def search_(
         folder = search(spec, root, device, crew, storage, bars)
         bars.stage("drawing")
         picture = draw_search(folder.path)
-    _print_search(folder.read())
+    print_search(folder.read())
     if folder.best.is_file():
         print(f"best {folder.best}")
     print(f"open {picture}")
@@ -331,7 +336,7 @@ def poison_(
         folder = poison(spec, root, bars)
         bars.stage("drawing")
         draw_poisons(folder)
-    _print_poisons(folder)
+    print_poisons(folder)
     print(f"poisons {folder.path}")
 
 
@@ -380,7 +385,7 @@ def victim(
         numbers = victims_of(run_, victims, bars)
         bars.stage("drawing")
         picture = draw_maps(run_, victims_name(victims))
-    _print_victims(run_, numbers)
+    print_victims(run_, numbers)
     print(f"numbers {run_.path / victims_name(victims)}.json")
     print(f"open {picture}")
 
@@ -396,7 +401,7 @@ def evaluate(
     chosen = _prepare(device, threads)
     with progress_bars() as bars:
         remeasure(RunFolder(folder), root, chosen, bars)
-    _print_numbers(RunFolder(folder))
+    print_numbers(RunFolder(folder))
 
 
 @app.command(name="explain")
@@ -523,11 +528,11 @@ def runs_(
         )
     found = choose(list_runs(places), filters)
     if compare:
-        _print_differences(found)
+        print_differences(found)
     elif rename:
         rename_old(found, print)
     else:
-        _print_runs(found)
+        print_runs(found)
         if delete and found and _agreed(found, yes):
             for run_ in found:
                 print(remove(run_))
@@ -538,7 +543,7 @@ def _agreed(runs: list[Run], yes: bool) -> bool:
     if yes:
         return True
     try:
-        return typer.confirm(f"Remove {len(runs)} runs, {_megabytes(runs):.1f} MB?")
+        return typer.confirm(f"Remove {len(runs)} runs, {megabytes(runs):.1f} MB?")
     except typer.Abort:
         raise InputError("--delete: nobody said yes; add --yes in scripts") from None
 
@@ -582,13 +587,13 @@ def replicate_(
             for known in map(read_paper, paper_names()):
                 results.write(known)
         else:
-            _print_papers(results)
+            print_papers(results)
         return
     known = read_paper(paper)
     chosen = choose_cells(known, plan, table, row)
     missing = chosen if again else to_run(known, chosen, results)
     if list_rows:
-        _print_cells(chosen, missing)
+        print_cells(chosen, missing)
         return
     outcomes: list[Outcome] = []
     if missing and not only_write:
@@ -599,7 +604,7 @@ def replicate_(
                 outcomes.append(outcome)
     results.write(known)
     for name in chosen:
-        _print_table(known, name, results)
+        print_table(known, name, results)
     _end(outcomes)
 
 
@@ -691,59 +696,6 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
         raise InputError(f"--seeds {text}: must be whole numbers, for instance 0,1,2") from error
 
 
-def _print_papers(results: Results) -> None:
-    """Papers and their tables: which rows are there, and how many runs are missing."""
-    plan = Plan(small=results.small)
-    shown = Table(title=f"rows in {results.folder}")
-    for column in ("paper", "table", "rows there", "runs", "missing or of other settings"):
-        shown.add_column(column)
-    for paper in map(read_paper, paper_names()):
-        for table in paper.tables:
-            if plan.small and not table.small:
-                continue
-            chosen = choose_cells(paper, plan, table.name)
-            missing = to_run(paper, chosen, results).get(table.name, [])
-            rows = len(results.rows(paper, table))
-            runs = len(chosen.get(table.name, []))
-            shown.add_row(paper.name, table.name, str(rows), str(runs), str(len(missing)))
-    Console().print(shown)
-
-
-def _print_cells(chosen: dict[str, list[Cell]], missing: dict[str, list[Cell]]) -> None:
-    """A line for each cell, which can be taken apart by other programs."""
-    for table, cells in chosen.items():
-        for cell in cells:
-            there = "missing" if cell in missing.get(table, []) else "there"
-            print(f"{table}\t{cell.row}\t{cell.name}\t{there}")
-
-
-def _print_table(paper: Paper, name: str, results: Results) -> None:
-    """Ours beside what was asked and the floors; below it, why some was missed."""
-    (table,) = (table for table in paper.tables if table.name == name)
-    rows = results.rows(paper, table)
-    figures = table.figures(rows) if rows else []
-    file = results.file(paper, table).with_suffix(".md")
-    if figures:
-        causes = [] if results.small else misses(paper, table, rows)
-        whys = list(dict.fromkeys(why for _, why in causes))
-        numbers = {(f.row, f.column): whys.index(why) + 1 for f, why in causes}
-        shown = Table(title=f"{paper.name} {name}")
-        for column in ("row", "", "ours", "95 % CI", "seeds", "asked", "floors", "miss"):
-            shown.add_column(column)
-        for f in figures:
-            interval = "" if math.isnan(f.ours.low) else f"{f.ours.low:.4g} .. {f.ours.high:.4g}"
-            spread = "" if math.isnan(f.ours.std) else f" ± {f.ours.std:.2g}"
-            asked = "" if math.isnan(f.asked) else f"{f.asked:.4g} ({f.by})"
-            floors = ", ".join(f"{who} {real(value):.3g}" for who, value in f.floors.items())
-            miss = str(numbers.get((f.row, f.column), ""))
-            ours = f"{f.ours.mean:.4g}{spread}"
-            shown.add_row(f.row, f.column, ours, interval, str(f.ours.seeds), asked, floors, miss)
-        Console().print(shown)
-        for number, why in enumerate(whys, 1):
-            print(f"miss {number}: {why}")
-    print(f"table {file}" if rows else f"table {file}: no row yet")
-
-
 def _image_files(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
@@ -751,150 +703,6 @@ def _image_files(paths: list[Path]) -> list[Path]:
     if not files:
         raise InputError(f"images {', '.join(map(str, paths))}: no file found there")
     return files
-
-
-def _print_numbers(folder: RunFolder) -> None:
-    """Table 1's columns, with the floors beside each map distance."""
-    numbers = folder.read("numbers")
-    table = Table(title=f"{folder.path.name}: reference {numbers['reference_accuracy']:.4f}")
-    for column in ("images", "accuracy", "ASR", "map MSE", "floors: map MSE of"):
-        table.add_column(column)
-    for row in numbers["conditions"]:
-        metrics = row["metrics"]
-        distance = metrics["map_distance"]
-        success = metrics.get("attack_success")
-        table.add_row(
-            row["name"],
-            f"{real(metrics['accuracy']['mean']):.4f}",
-            "" if success is None else f"{real(success['mean']):.4f}",
-            f"{real(distance['mean']):.4f} ± {real(distance['std']):.4f}",
-            ", ".join(f"{name} {real(v['mean']):.3f}" for name, v in row["floors"].items()),
-        )
-    triggers = [c["trigger"] for c in numbers["conditions"] if c.get("trigger") is not None]
-    seen = dict.fromkeys(str(Visibility.read(trigger)) for trigger in triggers)  # once each
-    table.caption = f"trigger: {'; '.join(seen)}" if seen else None
-    Console().print(table)
-    if rates := numbers.get("fooling"):
-        _print_fooling(rates)
-
-
-def _print_fooling(rates: list[dict[str, Any]]) -> None:
-    """How many maps lie and how many do not, of each attacked explainer."""
-    table = Table(title="fooling success rate and correct rate, in %")
-    for column in ("explainer", "tau", "FSR", "CR", "tau, data", "FSR", "CR", "area"):
-        table.add_column(column)
-    for row in rates:
-        cells = [row["explainer"]]
-        for of in ("", "data_"):
-            cells += ["—" if row[f"{of}tau"] is None else f"{row[f'{of}tau']:.3f}"]
-            shares = (row[f"{of}fsr"], row[f"{of}cr"])
-            cells += ["—" if share is None else f"{100 * share:.1f}" for share in shares]
-        table.add_row(*cells, f"{real(row['fsr_area']):.3f}")
-    Console().print(table)
-
-
-def _print_runs(runs: list[Run]) -> None:
-    """One a row, the newest first."""
-    table = Table(title=f"{len(runs)} runs, {_megabytes(runs):.1f} MB")
-    table.add_column("run", overflow="fold")
-    for column in ("kind", "state", "seed", "when", "MB", *HEADLINES):
-        table.add_column(column)
-    for one in runs:
-        table.add_row(
-            _escape(one.name),
-            one.kind,
-            one.told_state,
-            "" if one.seed is None else str(one.seed),
-            one.started[:16].replace("T", " "),
-            f"{_megabytes([one]):.1f}",
-            *(headline(one, title) for title in HEADLINES),
-        )
-    Console().print(table)
-
-
-def _megabytes(runs: list[Run]) -> float:
-    return sum(one.size for one in runs) / 1e6
-
-
-def _print_differences(runs: list[Run]) -> None:
-    """Settings that are not the same in all runs, and below them all numbers."""
-    if len(runs) < 2:
-        raise InputError(f"--compare: {len(runs)} runs found; name or filter at least two")
-    table = Table("", *(Column(_escape(one.name), overflow="fold") for one in runs))
-    for key, values in differences(runs).items():
-        table.add_row(key, *map(_escape, values))
-    table.add_section()
-    for key in dict.fromkeys(key for one in runs for key in one.numbers):
-        numbers = (one.numbers.get(key) for one in runs)
-        table.add_row(key, *("" if number is None else f"{number:.4f}" for number in numbers))
-    Console().print(table)
-
-
-_SHOWN = 5  # best points
-
-
-def _print_search(found: dict[str, Any]) -> None:
-    """The best points, and what they all took."""
-    rows = [row for row in found["rows"] if row["state"] == "complete"]
-    rows.sort(key=lambda row: row["score"])
-    names = list(found["rows"][0]["settings"])
-    states = [row["state"] for row in found["rows"]]
-    counts = ", ".join(
-        f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed")
-    )
-    spent, saved = (found[key] / 60 for key in ("seconds", "seconds_saved"))
-    table = Table(
-        title=f"{found['name']}: the best of {len(states)} points",
-        caption=f"{counts}; {spent:.1f} minutes, pruning saved about {saved:.1f}",
-    )
-    for column in (*names, found["search"]["score"], "epochs", "seconds"):
-        table.add_column(column)
-    for row in rows[:_SHOWN]:
-        values = (str(value) for value in row["settings"].values())
-        table.add_row(*values, f"{row['score']:.4f}", str(row["epochs"]), f"{row['seconds']:.0f}")
-    Console().print(table)
-
-
-def _print_poisons(folder: RunFolder) -> None:
-    """How much was changed, for each target."""
-    numbers = folder.read("numbers")
-    share = f"{numbers['poisons']} poisons for {numbers['training_set']} training samples"
-    table = Table(title=f"{folder.path.name}: {share}")
-    for column in ("target", "class", "poisons", "max change", "mean change", "PSNR, dB"):
-        table.add_column(column)
-    for number in range(numbers["targets"]):
-        card = read_json(folder.path / f"poison-{number:02}" / "poison.json")
-        table.add_row(
-            str(number + 1),
-            card["class_names"][card["label"]],
-            str(card["poisons"]),
-            f"{card['max_change']:.3f}",
-            f"{card['mean_change']:.4f}",
-            "none changed" if card["psnr"] is None else f"{card['psnr']:.1f}",
-        )
-    Console().print(table)
-
-
-def _print_victims(folder: RunFolder, numbers: dict[str, Any]) -> None:
-    """Victims of the clean and of the poisoned sets, one below the other."""
-    caption = f"L1: from the wanted map, ± over all victims. Succeeded: {numbers['success']}."
-    size = f"{numbers['poisoned']['victims']} victims for each of {numbers['poisoned']['targets']}"
-    table = Table(title=f"{folder.path.name}: {size} targets", caption=caption)
-    table.add_column("victims", no_wrap=True)
-    for column in ("L1", "Jaccard top 20 %", "Jaccard > .5", "class kept", "accuracy"):
-        table.add_column(column)
-    table.add_column("targets succeeded")
-    for name, key in (("un-attacked", "unattacked"), ("poisoned", "poisoned")):
-        row = numbers[key]
-        means = [real(row[k]) for k in ("jaccard_top20", "jaccard_half", "class_kept")]
-        table.add_row(
-            name,
-            f"{real(row['l1']):.4f} ± {real(row['l1_std']):.4f}",
-            *(f"{value:.3f}" for value in means),
-            f"{row['victim_accuracy']:.4f}",
-            f"{numbers['succeeded']:.2f}" if key == "poisoned" else "",
-        )
-    Console().print(table)
 
 
 def main() -> None:
@@ -909,7 +717,7 @@ def main() -> None:
         # What all processes of a run meet, one on each machine says; that one is lost, all may.
         if started().rank_here > 0 and not isinstance(error, Lost):
             raise SystemExit(2) from None
-        console.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
     except typer.Exit as stop:
         raise SystemExit(stop.exit_code) from None
@@ -918,14 +726,10 @@ def main() -> None:
             console.print("interrupted; the same command goes on after the last whole epoch")
         raise SystemExit(INTERRUPTED) from None
     except OSError as error:
-        console.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
     except Exception as error:  # click's own usage errors, whichever click typer is built on
         if not hasattr(error, "format_message"):
             raise
-        console.print(f"[red]error:[/red] {_escape(error.format_message())}", soft_wrap=True)
+        console.print(f"[red]error:[/red] {escape(error.format_message())}", soft_wrap=True)
         raise SystemExit(2) from None
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
