@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from trompe import catalog
@@ -33,7 +34,6 @@ from trompe.many import Crew, Job, Outcome, Place, crew_of, run_jobs
 from trompe.measure_victims import victims_name, victims_of
 from trompe.poisoning import Victims, poison, read_poisoning, read_run
 from trompe.printing import (
-    escape,
     megabytes,
     print_cells,
     print_differences,

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from trompe.files import read_json, real
@@ -210,7 +211,3 @@ def print_victims(folder: RunFolder, numbers: dict[str, Any]) -> None:
             f"{numbers['succeeded']:.2f}" if key == "poisoned" else "",
         )
     Console().print(table)
-
-
-def escape(text: str) -> str:
-    return text.replace("[", "\\[")
