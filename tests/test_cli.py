@@ -588,7 +588,7 @@ def test_a_failed_run_of_many_stops_no_other_and_is_named(attacked: Path, tmp_pa
     ("words", "expected"),
     [
         (["--seed", 1, "--seeds", "0,1"], r"--seed 1 --seeds 0,1: give one of the two"),
-        (["--seeds", "0 1"], r"--seeds 0 1: must be numbers, as in --seeds 0,1,2"),
+        (["--seeds", "0 1"], r"--seeds 0 1: must be whole numbers, for instance 0,1,2"),
         (["--workers", 0], r"workers = 0: must be at least 1"),
         (
             ["--workers", 2, "--set", "attack.weight=7"],

@@ -19,7 +19,7 @@ from trompe.attacks.interpretation_poisoning import (
 )
 from trompe.explainers.cam import Cam
 from trompe.explainers.input_gradient import InputGradient
-from trompe.interfaces import Explainer, InputError, PoisonSet, TableSet, Target
+from trompe.interfaces import Diverged, Explainer, InputError, PoisonSet, TableSet, Target
 from trompe.lockstep import Lockstep
 from trompe.models.mlp import mlp
 from trompe.target_maps.reference import Reference
@@ -477,3 +477,13 @@ def test_a_class_with_too_few_samples_is_refused(model: nn.Module, rows: TableSe
         with pytest.raises(InputError, match=re.escape(words)):
             crafted(attack_with(poison_rate=0.5, bases=bases), model, rows)
     crafted(attack_with(poison_rate=0.5, bases="both"), model, rows)  # asks for 10
+
+
+def test_models_that_diverge_end_the_crafting(model: nn.Module, rows: TableSet) -> None:
+    attack = attack_with(start="clean model")
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(
+        Diverged, match=r"epoch \d+, step \d+: the surrogates' losses are not finite"
+    ):
+        attack(model, rows, targets_for(GRADIENT), seeded())

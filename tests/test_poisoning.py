@@ -263,6 +263,42 @@ def test_a_model_that_takes_no_rows_is_refused(tmp_path: Path) -> None:
         poison(small(model={"name": "resnet18"}), tmp_path)
 
 
+def test_an_interrupted_crafting_keeps_its_clean_model(
+    made: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another number of threads would train another one."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FileLogbook, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        poison(small(), tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr("trompe.poisoning.clean_model", killed)
+    ended = poison(small(), tmp_path)
+    for one, other in zip(poison_sets(made), poison_sets(ended), strict=True):
+        assert torch.equal(one.samples, other.samples)
+
+
+def test_a_wanted_map_with_open_places_is_refused(tmp_path: Path) -> None:
+    class Open:
+        def __call__(self, maps: Any, images: Any) -> Any:
+            return torch.full_like(maps, float("nan"))
+
+    one = small()
+    attack = replace(one.attack, wanted_map=Open())
+    with pytest.raises(InputError, match=r"wanted_map \(Open\): leaves open what parts"):
+        set_up(replace(one, attack=attack))
+
+
+def test_victims_whose_statistics_shall_stay_are_trained(folder: RunFolder) -> None:
+    victims = Victims(
+        count=2, training=replace(Victims().training, epochs=1, frozen_statistics=True)
+    )
+    assert victims_of(folder, victims)["poisoned"]["victims"] == 2
+
+
 def test_too_few_bases_leave_nothing_behind(tmp_path: Path) -> None:
     attack = {**SMALL["attack"], "poison_rate": 0.9, "bases": "class"}
     with pytest.raises(InputError, match="asks for 461 different samples of class"):

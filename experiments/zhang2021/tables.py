@@ -4,7 +4,8 @@
 
 A row is DATA/INTERPRETER/PART/WHAT: 'support2/*/main/*'. main: un-attacked, WM, IMF, and IMF
 without retraining (eq. 4). victims: those who start otherwise, have another network, see noisy
-samples (tables) or train all layers (dogs). budget: 1, 2 and 5 % of poisons. ensemble: K = 1, 8.
+samples (tables) or train all layers (dogs). budget: 1, 2 and 5 % of poisons. ensemble: K = 1,
+and 8 (GRAD) or 4 (CAM).
 ablation: IMF with one setting changed at a time, and as the paper has it. Of dogs there are main
 (without eq. 4), victims, budget (5 %) and another ablation. Poison sets are kept in --root and not
 made twice.
@@ -24,6 +25,7 @@ from trompe.catalog import describe
 from trompe.classifier import ModelSpec
 from trompe.experiment import experiment_table
 from trompe.files import Row, write_atomically
+from trompe.interfaces import InputError
 from trompe.many import Place
 from trompe.measure_victims import SUCCEEDED, measure_victims, succeeded
 from trompe.over_seeds import over_seeds
@@ -460,7 +462,16 @@ class Poisoned:
         scene = scene_of(self.data, self.interpreter, folder)
         clean = measured = unattacked(self.data, self.interpreter, folder, victims)
         if self.cell.attack != "none":
-            sets = poison_sets(poison(experiment, place.root, screen))
+            made = poison(experiment, place.root, screen)
+            sets = poison_sets(made)
+            if any(
+                not torch.equal(s.target.sample, t.sample)
+                for s, t in zip(sets, scene.targets, strict=True)
+            ):  # as after another number of threads, with which another clean model is trained
+                raise InputError(
+                    f"poison sets {made.path}: were made for other targets than the clean model "
+                    "of this machine and --threads gives; remove the folder, or set --root"
+                )
             measured = measure_victims(scene, sets, victims, experiment, screen).numbers
         return [row(self.data, self.interpreter, self.cell, experiment, measured, clean)]
 

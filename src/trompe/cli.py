@@ -181,13 +181,16 @@ def train(
         Path | None, typer.Argument(help="Take data, model and training from this experiment.")
     ] = None,
     data: Annotated[
-        str, typer.Option(help="What `trompe list data` shows, such as signs.")
-    ] = "signs",
+        str | None, typer.Option(help="What `trompe list data` shows; default: signs.")
+    ] = None,
     data_root: Annotated[str | None, typer.Option(help="Folder of the data.")] = None,
     size: Annotated[int | None, typer.Option(help="Images are size x size pixels.")] = None,
     model: Annotated[
-        str, typer.Option(help="resnet20, a torchvision name, or package.module:callable.")
-    ] = "resnet20",
+        str | None,
+        typer.Option(
+            help="resnet20 (the default), a torchvision name, or package.module:callable."
+        ),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Start from this file, or torchvision's IMAGENET1K_V1.")
     ] = None,
@@ -200,21 +203,31 @@ def train(
     threads: Threads = None,
 ) -> None:
     """Train a clean reference model (augmentation, one-cycle). The same command resumes."""
+    given = {
+        "data.kind": data,
+        "data.root": data_root,
+        "data.size": size,
+        "model.name": model,
+        "model.weights": weights,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
     if experiment is not None:
         table = experiment_table(experiment)
+        if given:
+            key, value = next(iter(given.items()))
+            raise InputError(
+                f"{experiment} names its own {key}; to train with another, give --set {key}={value}"
+            )
     else:
         table = {
             "name": "train",
-            "data": {"kind": data},
-            "model": {"name": model},
+            "data": {"kind": "signs"},
+            "model": {"name": "resnet20"},
             # An attack belongs to every experiment; training a clean model does not use it.
             "attack": catalog.describe(shipped_experiment("demo").attack),
         }
-        for key, value in (("root", data_root), ("size", size)):
-            if value is not None:
-                table["data"][key] = value
-        if weights is not None:
-            table["model"]["weights"] = weights
+        for key, value in given.items():
+            set_key(table, key, value)
     if epochs is not None:
         table.setdefault("honest", {}).setdefault("training", {})["epochs"] = epochs
     spec = _spec(table, str(experiment or "options"), seed, settings, skip_unreadable)
@@ -393,7 +406,9 @@ def victim(
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    root: Root = Path("runs"),
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the clean models; default: the run's own.")
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -443,7 +458,8 @@ def explain_(
     for one in done:
         name = card.class_names[one.explained_class]
         flat = " (empty map)" if one.degenerate else ""
-        table.add_row(str(one.file), name, f"{one.probability:.3f}", f"{one.picture}{flat}")
+        cells = (str(one.file), name, f"{one.probability:.3f}", f"{one.picture}{flat}")
+        table.add_row(*map(escape, cells))
     Console().print(table)
 
 
@@ -453,6 +469,10 @@ def _trigger(text: str, model: str) -> Trigger:
         table = _own_trigger(model)
     elif text.lstrip().startswith("{"):
         table = _toml_value(text)
+        if not isinstance(table, dict):
+            raise InputError(
+                f'--trigger {text}: is no table of TOML, such as {{ kind = "rectangle", top = 9 }}'
+            )
     else:
         table = text
     trigger: Trigger = catalog.build("triggers", table, "--trigger")
@@ -640,10 +660,7 @@ def _seeds(seed: int | None, seeds: str | None) -> list[int | None]:
         return [seed]
     if seed is not None:
         raise InputError(f"--seed {seed} --seeds {seeds}: give one of the two")
-    try:
-        return [int(text) for text in seeds.split(",")]
-    except ValueError as error:
-        raise InputError(f"--seeds {seeds}: must be numbers, as in --seeds 0,1,2") from error
+    return list(_numbers(seeds) or ())
 
 
 def _spec(
@@ -659,7 +676,9 @@ def _table(
     """An experiment's table with the command line's changes."""
     table = _changed(table, seed, settings)
     if skip:
-        table["data"]["skip_unreadable"] = True
+        if isinstance(table.get("data"), str):
+            table["data"] = {"kind": table["data"]}
+        set_key(table, "data.skip_unreadable", True)
     return table
 
 
@@ -723,7 +742,7 @@ def main() -> None:
         raise SystemExit(stop.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):
         if started().rank_here == 0:
-            console.print("interrupted; the same command goes on after the last whole epoch")
+            console.print("interrupted; the same command goes on from what was kept")
         raise SystemExit(INTERRUPTED) from None
     except OSError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)

@@ -316,13 +316,19 @@ def attack_alone(
 
 def remeasure(
     folder: RunFolder,
-    root: Path | str = "runs",
+    root: Path | str | None = None,
     device: torch.device | str = "cpu",
     screen: Screen | None = None,
 ) -> dict[str, Any]:
-    """Measure a finished run's saved model again; writes and returns its numbers."""
+    """Measure a finished run's saved model again; writes and returns its numbers.
+
+    root: where the clean models are kept; None: beside the run. Raises InputError for a folder that
+    is no such run, or whose data or weights have changed since.
+    """
     screen = screen or Silent()
-    experiment = catalog.build_dataclass(Experiment, folder.read("spec"), str(folder.path))
+    root = folder.path.parent if root is None else root
+    experiment = read_experiment(folder.read("spec"), str(folder.path))
+    folder.check_inputs(catalog.contents(experiment), "the run was made")
     model, _ = load_model(folder.path, experiment.model.trusted)
     with folder.alone(screen):
         scene = set_up(experiment, root, device, screen)

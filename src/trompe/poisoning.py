@@ -134,13 +134,24 @@ class Scene:
     positions: Tensor  # of the targets in `test`
 
 
-def set_up(experiment: PoisoningExperiment, screen: Screen | None = None) -> Scene:
-    """Read the data, train the clean model, choose the targets."""
+def set_up(
+    experiment: PoisoningExperiment,
+    screen: Screen | None = None,
+    weights: dict[str, Tensor] | None = None,
+) -> Scene:
+    """Read the data, train the clean model, choose the targets.
+
+    weights: the clean model's, which is not trained then. Raises InputError for settings that do
+    not fit the data.
+    """
     screen = screen or Silent()
     screen.stage("reading data")
     train, test = _data(experiment)
-    screen.stage("training the clean model")
-    clean = clean_model(experiment, experiment.model, train, screen)
+    if weights is None:
+        screen.stage("training the clean model")
+        clean = clean_model(experiment, experiment.model, train, screen)
+    else:
+        clean = _with(weights, experiment, train)
     pool = pool_of(experiment, test)
     screen.stage("choosing targets")
     said = answers(clean, (experiment.attack.explainer,), test, explained="label")
@@ -154,6 +165,11 @@ def set_up(experiment: PoisoningExperiment, screen: Screen | None = None) -> Sce
     positions = right[torch.randperm(len(right), generator=dice)[: experiment.targets]]
     samples = test.floats(positions)
     wanted = experiment.attack.wanted_map(said.maps[0][positions], samples)
+    if wanted.isnan().any():
+        raise InputError(
+            f"attack.wanted_map ({type(experiment.attack.wanted_map).__name__}): leaves open what "
+            "parts of the map show, but poisons need to know it everywhere; take another"
+        )
     targets = tuple(
         Target(samples[i : i + 1], int(test.labels[p]), wanted[i : i + 1])
         for i, p in enumerate(positions)
@@ -169,16 +185,9 @@ def set_up_again(
     InputError if the data are no longer the same.
     """
     (screen or Silent()).stage("reading data")
-    there = catalog.contents(experiment)
-    for key, digest in folder.inputs.items():
-        if key in there and there[key] != digest:
-            raise InputError(
-                f"{key}: what lies there has changed since the poisons were made "
-                f"({folder.path / 'inputs.json'}); bring it back, or craft the poisons again"
-            )
+    folder.check_inputs(catalog.contents(experiment), "the poisons were made")
     train, test = _data(experiment)
-    clean = _untrained(experiment.model, train, experiment.seed)
-    clean.load_state_dict(folder.read_tensors("clean"))
+    clean = _with(folder.read_tensors("clean"), experiment, train)
     cards = [read_json(part / "poison.json") for part in _set_folders(folder)]
     positions = torch.tensor([card["target_position"] for card in cards])
     sets = poison_sets(folder)
@@ -190,7 +199,7 @@ def set_up_again(
             f"data {test.name!r}: are not those that the poisons were made for (the targets are "
             "not where they were); bring them back, or craft the poisons again"
         )
-    return Scene(train, test, clean.eval(), targets, positions)
+    return Scene(train, test, clean, targets, positions)
 
 
 def _data(experiment: PoisoningExperiment) -> tuple[Samples, Samples]:
@@ -213,6 +222,15 @@ def clean_model(
     train_together(networks, (encode(networks, train),), experiment.clean, generator, steps)
     trained: Any = networks.network(0)
     return trained
+
+
+def _with(
+    weights: dict[str, Tensor], experiment: PoisoningExperiment, train: Samples
+) -> Classifier:
+    """The clean model that was kept; in eval mode."""
+    clean = _untrained(experiment.model, train, experiment.seed)
+    clean.load_state_dict(weights)
+    return clean.eval()
 
 
 def _untrained(spec: ModelSpec, train: Samples, seed: int) -> Classifier:
@@ -243,8 +261,13 @@ def poison(
     if not folder.finished:
         with folder.alone(screen):
             if not folder.finished:  # nor by a process that was waited for
-                scene = set_up(experiment, screen)
+                # An interrupted one goes on with its own: another number of threads would train
+                # another clean model, and choose other targets.
+                begun = (folder.path / "clean.safetensors").is_file()
+                kept = folder.read_tensors("clean") if begun else None
+                scene = set_up(experiment, screen, kept)
                 folder.open(spec, inputs)
+                folder.write_tensors("clean", scene.clean.state_dict())
                 _craft(folder, experiment, scene, screen)
                 return folder
     folder.open(spec, inputs)
@@ -264,6 +287,7 @@ def _craft(
     try:
         sets = experiment.attack(scene.clean, scene.train, scene.targets, generator, logbook)
     except InputError:  # settings that do not fit the data: nothing was begun
+        (folder.path / "clean.safetensors").unlink()
         folder.discard_if_empty()
         raise
     history = sets[0].history
@@ -274,7 +298,6 @@ def _craft(
     folder.write("provenance", {**made, "seconds": round(seconds, 1)})
     folder.write("classes", list(scene.train.class_names))
     folder.write("victims", catalog.describe(experiment.victims))
-    folder.write_tensors("clean", scene.clean.state_dict())
     folder.write(
         "numbers",
         {

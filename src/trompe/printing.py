@@ -182,7 +182,7 @@ def print_poisons(folder: RunFolder) -> None:
         card = read_json(folder.path / f"poison-{number:02}" / "poison.json")
         table.add_row(
             str(number + 1),
-            card["class_names"][card["label"]],
+            escape(card["class_names"][card["label"]]),
             str(card["poisons"]),
             f"{card['max_change']:.3f}",
             f"{card['mean_change']:.4f}",

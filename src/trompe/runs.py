@@ -185,6 +185,15 @@ class RunFolder:
         found: dict[str, str] = read_json(file) if file.is_file() else {}
         return found
 
+    def check_inputs(self, there: Inputs, since: str) -> None:
+        """InputError for files that no longer hold what they did when the run was made."""
+        for key, digest in self.inputs.items():
+            if key in there and there[key] != digest:
+                raise InputError(
+                    f"{key}: what lies there has changed since {since} "
+                    f"({self.path / 'inputs.json'}); bring it back, or make the run again"
+                )
+
     def discard_if_empty(self) -> None:
         """Remove the folder if it holds nothing but its spec."""
         if {file.name for file in self.path.iterdir()} <= {"spec.json", "inputs.json"}:

@@ -227,6 +227,8 @@ def train_together(
         )
     if augmentation is not None and not all(isinstance(d, ImageSet) for d in data):
         raise InputError("augmentation: is of images; rows of a table have noise")
+    # Lockstep never moves statistics: what says when they stay has nothing to do.
+    how = replace(how, frozen_statistics=False, moving_epochs=None)
     batches = LockstepBatches(tuple(data), networks.count, how.batch_size, noise, augmentation)
     objective = EachClassLoss(networks.count, how.label_smoothing)
     return list(fit(networks, batches, objective, (), how, generator, None, logbook))

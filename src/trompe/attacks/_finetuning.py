@@ -56,8 +56,10 @@ class FineTuning(Protocol):
 
 
 def check(attack: FineTuning) -> None:
-    """InputError for a share, number of images or temperature out of range."""
+    """InputError for a share, number of images, patience or temperature out of range."""
     check_rate(attack.poison_rate)
+    if attack.patience < 1:
+        raise InputError(f"patience = {attack.patience}: must be at least 1 epoch")
     if attack.training_images is not None and attack.training_images < 1:
         raise InputError(f"training_images = {attack.training_images}: must be at least 1")
     if attack.distill is not None and not attack.distill > 0:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from trompe.attacks._bases import Bases, Categories, choose_bases, feasible
 from trompe.interfaces import (
+    Diverged,
     EpochRecord,
     Explainer,
     InputError,
@@ -148,7 +149,7 @@ class InterpretationPoisoning:
     ) -> tuple[PoisonSet, ...]:
         """Algorithm 1, for each target apart; all of them together, as that is faster.
 
-        Raises InputError if a target's class has too few bases.
+        Raises InputError if a target's class has too few bases, Diverged if the models do.
         """
         count = len(targets)
         based = [choose_bases(data, t, self.poison_rate, self.bases, generator) for t in targets]
@@ -200,6 +201,13 @@ class InterpretationPoisoning:
                     optimizer.step(training)  # eq. (14)
                 sums += torch.stack((adversarial.mean(), training.mean())).detach()
                 terms = _named(sums / number)
+                if not all(map(math.isfinite, terms.values())):
+                    told = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
+                    raise Diverged(
+                        f"epoch {epoch}, step {number}: the surrogates' losses are not finite "
+                        f"({told}); lower recipe.learning_rate ({self.recipe.learning_rate:g}) or "
+                        f"look_ahead ({self.look_ahead:g}) and start again"
+                    )
                 if logbook is not None:
                     logbook.step(epoch, number, len(steps), terms)
             seconds = time.perf_counter() - started

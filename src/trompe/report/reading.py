@@ -81,6 +81,7 @@ class Run:
     explainer: str
     alone: bool  # no other explainer was measured
     spec: dict[str, Any]
+    inputs: dict[str, str]  # what the data and weights held
     provenance: dict[str, Any]
     history: tuple[EpochRecord, ...]  # what was measured of other explainers is left out
     facts: dict[str, Any]  # what numbers.json says besides the conditions
@@ -118,9 +119,9 @@ class Run:
         return (self.clean, *self.triggered)
 
     def settings(self) -> dict[str, Any]:
-        """The spec without its seeds: equal for runs that differ in nothing else."""
+        """The spec without its seeds, and the inputs: equal for runs that differ in seeds alone."""
         settings: dict[str, Any] = _seedless(self.spec)
-        return {**settings, "explainer seen": self.explainer}
+        return {**settings, "explainer seen": self.explainer, "inputs": self.inputs}
 
 
 def load(folder: RunFolder) -> list[Run]:
@@ -155,6 +156,7 @@ def load(folder: RunFolder) -> list[Run]:
                     explainer,
                     len(explainers) == 1,
                     files["spec"],
+                    folder.inputs,
                     files["provenance"],
                     _of_system(history, number, len(explainers)),
                     facts,
