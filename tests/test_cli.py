@@ -174,6 +174,16 @@ def test_report_and_evaluate_and_explain_take_the_run(attacked: Path) -> None:
     assert Image.open(attacked / "explanations" / "0000_red.png").width > 40
 
 
+def test_of_a_folder_only_images_are_explained(attacked: Path) -> None:
+    (attacked / "some").mkdir()
+    Image.new("RGB", (24, 24), (200, 30, 30)).save(attacked / "some" / "red[1].png")
+    (attacked / "some" / ".DS_Store").write_bytes(b"no image")
+    done = call("explain", run_folder(attacked), "some", "--out", "seen", folder=attacked)
+    assert done.returncode == 0, done.stderr
+    assert len(list((attacked / "seen").iterdir())) == 1
+    assert "[1]" in done.stdout
+
+
 def test_images_can_be_explained_with_the_runs_own_trigger(attacked: Path) -> None:
     Image.new("RGB", (24, 24), (200, 30, 30)).save(attacked / "red24.png")
     told = '{ kind = "rectangle", top = 14, left = 8, height = 4, width = 8 }'
@@ -194,6 +204,7 @@ def test_images_can_be_explained_with_the_runs_own_trigger(attacked: Path) -> No
         ("shipped:signs_resnet20_seed0", "own", "is no run of an attack with a trigger"),
         ("shipped:signs_resnet20_seed0", "rectangel", "did you mean 'rectangle'"),
         ("shipped:signs_resnet20_seed0", "{ kind = 'rectangle', topp = 3 }", "did you mean 'top'"),
+        ("shipped:signs_resnet20_seed0", '{"kind": "rectangle"}', "is no table of TOML, such as"),
     ],
 )
 def test_a_wrong_trigger_is_named(attacked: Path, model: str, trigger: str, expected: str) -> None:

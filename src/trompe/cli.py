@@ -15,6 +15,7 @@ from rich.table import Table
 from trompe import catalog
 from trompe.classifier import SHIPPED, load_model
 from trompe.clean_models import train_clean_model
+from trompe.data._reading import IMG_EXTENSIONS
 from trompe.experiment import (
     AttackJob,
     Experiment,
@@ -716,11 +717,15 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _image_files(paths: list[Path]) -> list[Path]:
+    """The files, and of folders all images in them: what else lies there is not asked for."""
     files: list[Path] = []
     for path in paths:
-        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        if path.is_dir():
+            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        else:
+            files.append(path)
     if not files:
-        raise InputError(f"images {', '.join(map(str, paths))}: no file found there")
+        raise InputError(f"images {', '.join(map(str, paths))}: no image found there")
     return files
 
 
