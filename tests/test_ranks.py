@@ -499,6 +499,34 @@ def test_a_mistake_is_one_sentence_of_one_process(
         assert (told in " ".join(capfd.readouterr().err.split())) == (rank == 0)
 
 
+LEAVES = """
+import sys
+from pathlib import Path
+import torch
+from trompe.ranks import joined, on_first
+
+def threads():
+    return {file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")}
+
+weight = torch.nn.Parameter(torch.ones(2))
+weight.grad = torch.ones(2)
+with joined(torch.device("cpu")):
+    on_first(lambda: None)
+    torch.optim.Adam([weight]).step()  # imports much of torch.distributed
+    inside = threads()
+gloo = [sum("gloo" in name for name in names) for names in (inside, threads())]
+sys.exit(None if gloo[0] and not gloo[1] else f"gloo's threads inside and after: {gloo}")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux does")
+def test_nothing_of_the_group_is_left_behind(
+    tmp_path: Path, begin: Callable[..., subprocess.Popen]
+) -> None:
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    ended(begin(tmp_path, sys.executable, *TORCHRUN[:-2], "leaves.py"))
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux does")
 def test_a_command_under_torchrun_survives_a_kill_and_gives_what_one_process_gives(
     tmp_path: Path, begin: Callable[..., subprocess.Popen]

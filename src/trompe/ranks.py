@@ -5,6 +5,7 @@ user of the library made serves as well. Without a group there is one process, a
 costs anything. Only `started`, `device_here` and `joined` read the environment.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -214,6 +215,10 @@ def joined(device: torch.device) -> Iterator[None]:
     if started().count == 1:
         yield
         return
+    # An optimizer imports it, sooner or later. Imported while there is a group, its functions take
+    # that for their default argument: it would outlive `destroy_process_group`, and its threads,
+    # which hold tensors, would now and then abort the process while Python ends.
+    importlib.import_module("torch.distributed.nn")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Messages about tensors on a GPU go from GPU to GPU, all others and the waiting by the CPU.
