@@ -278,6 +278,7 @@ def test_a_killed_attack_goes_on_and_ends_in_the_same_bits(
         ("data.size=16", r"rectangle: it covers rows 14\.\.17.*16 rows and 16 columns"),
         ("model.name=resnet21", r"resnet21.*did you mean"),
         ("attack.training.epochs=0", r"epochs = 0: must be at least 1"),
+        ("attack.patience=0", r"patience = 0: must be at least 1"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, change: str, expected: str) -> None:
@@ -302,28 +303,45 @@ def test_a_target_class_out_of_range_leaves_nothing_behind(tmp_path: Path) -> No
     assert not list(tmp_path.glob("runs/tiny-*"))
 
 
-def test_a_model_for_other_classes_is_refused(attacked: Path, tmp_path: Path) -> None:
+PETS = TINY.replace('kind = "signs"', 'kind = "image_folder"\nroot = "pets"').replace(
+    "train_images = 300\ntest_images = 120\n", ""
+)
+
+
+def draw_pets(folder: Path, each: int) -> None:
+    """Pictures of noise, in two classes."""
     for label in ("cat", "dog"):
-        (tmp_path / "pets" / label).mkdir(parents=True)
-        for i in range(8):
+        (folder / "pets" / label).mkdir(parents=True)
+        for i in range(each):
             picture = Image.effect_noise((24, 24), 50 + i).convert("RGB")
-            picture.save(tmp_path / "pets" / label / f"{i}.png")
+            picture.save(folder / "pets" / label / f"{i}.png")
+
+
+def test_a_model_for_other_classes_is_refused(attacked: Path, tmp_path: Path) -> None:
+    draw_pets(tmp_path, 8)
     model = run_folder(attacked) / "model.safetensors"
-    (tmp_path / "pets.toml").write_text(
-        TINY.replace('kind = "signs"', 'kind = "image_folder"\nroot = "pets"')
-        .replace("train_images = 300\ntest_images = 120\n", "")
-        .replace("[data]", f'reference = "{model}"\n[data]')
-    )
+    (tmp_path / "pets.toml").write_text(PETS.replace("[data]", f'reference = "{model}"\n[data]'))
     told = one_sentence(call("attack", "pets.toml", folder=tmp_path))
     assert re.search(r"was made for \d+ classes .* but data 'pets' has 2 \(cat, dog", told)
 
 
+def test_a_run_is_not_measured_again_on_changed_data(tmp_path: Path) -> None:
+    draw_pets(tmp_path, 12)
+    (tmp_path / "tiny.toml").write_text(PETS.replace("label = 3", "label = 1"))
+    words = ("--set", "attack.training.epochs=1", "--set", "attack.training.batch_size=8")
+    done = call("attack", "tiny.toml", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = run_folder(tmp_path)
+    assert call("evaluate", run, folder=tmp_path).returncode == 0
+    before = (run / "numbers.json").read_text()
+    Image.effect_noise((24, 24), 9).convert("RGB").save(tmp_path / "pets" / "dog" / "3.png")
+    told = one_sentence(call("evaluate", run, folder=tmp_path))
+    assert re.search(r"data\.root: what lies there has changed since the run was made", told), told
+    assert (run / "numbers.json").read_text() == before
+
+
 def test_an_unreadable_image_is_named_and_can_be_skipped(tmp_path: Path) -> None:
-    for label in ("cat", "dog"):
-        (tmp_path / "pets" / label).mkdir(parents=True)
-        for i in range(12):
-            picture = Image.effect_noise((24, 24), 50 + i).convert("RGB")
-            picture.save(tmp_path / "pets" / label / f"{i}.png")
+    draw_pets(tmp_path, 12)
     (tmp_path / "pets" / "dog" / "3.png").write_bytes(b"")
     words = [
         "train",
@@ -370,6 +388,13 @@ def test_a_diverging_attack_stops_and_says_what_to_do(tmp_path: Path) -> None:
     if done.returncode == 0:  # bounded steps can survive even this
         pytest.fail("a learning rate of 99 did not diverge")
     assert re.search(r"the loss is not finite .* lower learning_rate \(99\)", one_sentence(done))
+
+
+def test_options_beside_an_experiment_that_says_otherwise_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    told = one_sentence(call("train", "tiny.toml", "--weights", "w.pt", folder=tmp_path))
+    assert "names its own model.weights; to train with another, give --set" in told
+    assert not (tmp_path / "model").exists()
 
 
 def test_unknown_commands_and_files_are_one_sentence(tmp_path: Path) -> None:

@@ -341,6 +341,15 @@ def test_other_settings_are_not_taken_for_other_seeds(make: Make, tmp_path: Path
     assert rows_of(text, "tiny-s1 dual")
 
 
+def test_runs_on_changed_data_are_not_taken_for_seeds(make: Make, tmp_path: Path) -> None:
+    one, other = make(seed=0), make(seed=1)
+    for run in (one, other):
+        run.write("inputs", {"data.root": "0123"})
+    assert "over seeds" in page(tmp_path, one, other)
+    other.write("inputs", {"data.root": "4567"})
+    assert "over seeds" not in page(tmp_path, one, other)
+
+
 def test_a_run_given_twice_counts_once(make: Make, tmp_path: Path) -> None:
     run = make()
     assert page(tmp_path, run, RunFolder(run.path)) == page(tmp_path, run)
