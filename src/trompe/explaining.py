@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from trompe.data import read_image
 from trompe.files import write_atomically
 from trompe.interfaces import Explainer, InputError, Trigger
-from trompe.maps import is_degenerate, normalise, upsample
+from trompe.maps import is_degenerate
+from trompe.overlay import overlay, to_bytes
 from trompe.recording import watch
 
 
@@ -84,20 +84,9 @@ def explain(
     return done
 
 
-def overlay(image: Tensor, heat: Tensor, strength: float = 0.6) -> np.ndarray:
-    """uint8 (height, width, 3): the heatmap over the grey image.
-
-    image: float (3, height, width) in [0, 1]; heat: (h, w), divided by its maximum, up-sampled.
-    """
-    warm = upsample(normalise(heat[None].float().clamp_min(0)), image.shape[1:])[0]  # type: ignore[arg-type]
-    colour = matplotlib.colormaps["inferno"](warm.numpy())[..., :3]
-    grey = image.mean(0).numpy()[..., None]
-    return ((strength * colour + (1 - strength) * grey) * 255).round().astype(np.uint8)
-
-
 def _write_picture(image: Tensor, heat: Tensor, file: Path) -> None:
-    plain = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    both = Image.fromarray(np.concatenate((plain, overlay(image, heat)), axis=1))
+    plain = to_bytes(image.permute(1, 2, 0).numpy())
+    both = Image.fromarray(np.concatenate((plain, overlay(plain, heat)), axis=1))
     zoom = max(1, 224 // image.shape[1])
     both = both.resize((both.width * zoom, both.height * zoom), Image.Resampling.BICUBIC)
     write_atomically(file, lambda temporary: both.save(temporary, format="PNG"))

@@ -5,14 +5,11 @@ import io
 
 import matplotlib
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from trompe.maps import normalise, upsample
+from trompe.overlay import COLOURS, coloured, overlay, to_bytes
 
-COLOURS = "inferno"  # equal steps of heat look equal, also in grey and to the colour-blind
-_HEAT = 0.6  # share of the heat's colour in an overlay
 _SHARP = 160  # pixels per side that a picture has at least
 _SMALL = 48  # pixels per side of a map without an image
 
@@ -32,7 +29,7 @@ def image_uri(image: Tensor) -> str:
 def heat_uri(image: Tensor | None, heat: Tensor) -> str:
     """The heat map (h, w), divided by its maximum, over the grey image or alone."""
     if image is None:
-        return data_uri(_bytes(_coloured(heat, (_SMALL, _SMALL))))
+        return data_uri(to_bytes(coloured(heat, (_SMALL, _SMALL))))
     return data_uri(heat_pixels(image, heat))
 
 
@@ -41,22 +38,12 @@ def heat_pixels(image: Tensor, heat: Tensor) -> np.ndarray:
 
     image: uint8 (3, height, width), enlarged bicubically if it is small.
     """
-    pixels = _enlarged(image)
-    grey = pixels.mean(2, keepdims=True) / 255
-    colour = _coloured(heat, pixels.shape[:2])
-    return _bytes(_HEAT * colour + (1 - _HEAT) * grey)
+    return overlay(_enlarged(image), heat)
 
 
 def colour_bar() -> str:
     """The colours from no heat (left) to the most (right)."""
-    return data_uri(_bytes(matplotlib.colormaps[COLOURS](np.linspace(0, 1, 128))[None, :, :3]))
-
-
-def _coloured(heat: Tensor, size: tuple[int, ...]) -> np.ndarray:
-    """float (height, width, 3) in [0, 1]; values that are negative or not finite show no heat."""
-    warm = torch.nan_to_num(heat[None].float(), 0.0, 0.0, 0.0).clamp_min(0)
-    values = normalise(upsample(warm, (size[0], size[1])))[0]
-    return np.asarray(matplotlib.colormaps[COLOURS](values.numpy()))[..., :3]
+    return data_uri(to_bytes(matplotlib.colormaps[COLOURS](np.linspace(0, 1, 128))[None, :, :3]))
 
 
 def _enlarged(image: Tensor) -> np.ndarray:
@@ -64,7 +51,3 @@ def _enlarged(image: Tensor) -> np.ndarray:
     zoom = max(1, -(-_SHARP // min(picture.size)))
     size = (picture.width * zoom, picture.height * zoom)
     return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
-
-
-def _bytes(pixels: np.ndarray) -> np.ndarray:
-    return (pixels * 255).round().astype(np.uint8)

@@ -7,12 +7,10 @@
 | maps-<fingerprint>.png          | wanted, un-attacked and poisoned victims' maps (figure 4)      |
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -20,11 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from trompe.files import read_json, real, write_atomically
+from trompe.files import read_json, real
 from trompe.interfaces import InputError, PoisonSet
 from trompe.poison_sets import read_poison_set
 from trompe.report.pictures import heat_pixels
-from trompe.report.style import COLOURS, INK, STYLE
+from trompe.report.style import COLOURS, INK, canvas
 from trompe.runs import RunFolder
 
 _WIDTH = 9.5  # inches of a figure
@@ -71,17 +69,17 @@ def draw_poisons(folder: RunFolder) -> list[Path]:
     done = []
     history = folder.read_history()
     if history:
-        with _canvas(folder.path / "convergence.png", 3.0) as figure:
+        with canvas(folder.path / "convergence.png", _WIDTH, 3.0) as figure:
             _draw_convergence(figure, history)
         done.append(folder.path / "convergence.png")
     for one in _sets(folder):
         file = one.folder / "changes.png"
         if one.is_images:
-            with _canvas(file, 4.1) as figure:
+            with canvas(file, _WIDTH, 4.1) as figure:
                 _draw_images(figure, one)
         else:
             rows = min(_FEATURES, one.poison.samples.shape[1])
-            with _canvas(file, 1.3 + 0.24 * rows) as figure:
+            with canvas(file, _WIDTH, 1.3 + 0.24 * rows) as figure:
                 _draw_features(figure, one, rows)
         done.append(file)
     return done
@@ -97,10 +95,10 @@ def draw_maps(folder: RunFolder, name: str) -> Path:
         for kind in ("unattacked", "poisoned")
     }
     if sets[0].is_images:
-        with _canvas(file, 0.4 + 2.45 * len(sets)) as figure:
+        with canvas(file, _WIDTH, 0.4 + 2.45 * len(sets)) as figure:
             _draw_heat(figure, sets, maps, means)
     else:
-        with _canvas(file, 1.9 + 1.6 * len(sets)) as figure:
+        with canvas(file, _WIDTH, 1.9 + 1.6 * len(sets)) as figure:
             _draw_bars(figure, sets, maps, means)
     return file
 
@@ -111,15 +109,6 @@ def _sets(folder: RunFolder) -> list[_Set]:
         raise InputError(f"folder {folder.path}: is no poison run; trompe report shows others")
     folders = [folder.path / f"poison-{n:02}" for n in range(numbers["targets"])]
     return [_Set(read_poison_set(f), read_json(f / "poison.json"), f) for f in folders]
-
-
-@contextmanager
-def _canvas(file: Path, height: float) -> Iterator[Figure]:
-    """A figure, written when the block ends."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        yield figure
-        write_atomically(file, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
 
 
 def _draw_convergence(figure: Figure, history: Sequence[Any]) -> None:

@@ -9,10 +9,11 @@ import jinja2
 
 from trompe.files import write_atomically
 from trompe.interfaces import InputError
+from trompe.overlay import COLOURS
 from trompe.report import verdict as rules
 from trompe.report.curves import film_curve, panels
 from trompe.report.gallery import films, galleries, titles
-from trompe.report.pictures import COLOURS, colour_bar
+from trompe.report.pictures import colour_bar
 from trompe.report.reading import Change, Run, load
 from trompe.report.tables import floor_grid, fooling_grid, main_rows, metric_grid, percent
 from trompe.report.verdict import verdict

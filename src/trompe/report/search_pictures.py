@@ -3,8 +3,7 @@
 Two lists of values give a table of coloured cells; anything else, one panel for each parameter.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from trompe.files import read_json, write_atomically
-from trompe.report.style import COLOURS, STYLE
+from trompe.files import read_json
+from trompe.report.style import COLOURS, canvas
 
 _COLOURS = "viridis"  # the best are dark; also in grey and to the colour-blind
 _HATCH = "////"
@@ -41,20 +40,11 @@ def draw_scores(rows: Sequence[_Row], values: list[Any], score: str, file: Path)
     names = list(rows[0]["settings"]) if rows else []
     if len(names) == 2 and all(isinstance(one, list) for one in values):
         size = (2.0 + 0.72 * len(values[1]), 1.5 + 0.5 * len(values[0]))
-        with _canvas(file, size) as figure:
+        with canvas(file, *size) as figure:
             _draw_grid(figure, rows, names, values, score)
     else:
-        with _canvas(file, (1.0 + 2.8 * max(1, len(names)), 3.2)) as figure:
+        with canvas(file, 1.0 + 2.8 * max(1, len(names)), 3.2) as figure:
             _draw_panels(figure, rows, names, values, score)
-
-
-@contextmanager
-def _canvas(file: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure of so many inches, written when the block ends."""
-    with matplotlib.rc_context({**STYLE, "hatch.linewidth": 0.7, "hatch.color": "white"}):
-        figure = Figure(figsize=size, layout="constrained")
-        yield figure
-        write_atomically(file, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
 
 
 def _draw_grid(

@@ -1,6 +1,14 @@
-"""How all figures look."""
+"""How all figures look, and how those that are files of their own are written."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from trompe.files import write_atomically
 
 # Okabe & Ito's colours that stand out on white and on black; each line has its marker as well.
 COLOURS = ("#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#8a7500", "#7a7a7a")
@@ -15,6 +23,8 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "grid.alpha": 0.25,
+    "hatch.color": "white",
+    "hatch.linewidth": 0.7,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     **dict.fromkeys(
@@ -22,3 +32,12 @@ STYLE: dict[Any, Any] = {
     ),
     "grid.color": INK,
 }
+
+
+@contextmanager
+def canvas(file: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches, written as a PNG when the block ends."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        write_atomically(file, lambda temporary: figure.savefig(temporary, format="png", dpi=130))

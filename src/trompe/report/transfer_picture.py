@@ -3,13 +3,10 @@
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from trompe.files import write_atomically
 from trompe.report.pictures import heat_pixels
-from trompe.report.style import STYLE
+from trompe.report.style import canvas
 
 _SIDE = 1.25  # inches a map
 _RED = "#d62728"
@@ -26,9 +23,8 @@ def draw_transfer(
     lines: by title, the image as the model saw it, uint8 (3, height, width), and each explainer's
     map (h, w). Written to `file`, a PNG.
     """
-    with matplotlib.rc_context(STYLE):
-        size = (_SIDE * len(explainers) + 1.2, _SIDE * len(lines) + 0.4)
-        figure = Figure(figsize=size, layout="constrained")
+    size = (_SIDE * len(explainers) + 1.2, _SIDE * len(lines) + 0.4)
+    with canvas(file, *size) as figure:
         axes = figure.subplots(len(lines), len(explainers), squeeze=False)
         for row, (title, (image, maps)) in zip(axes, lines.items(), strict=True):
             row[0].set_ylabel(title, rotation=0, ha="right", va="center")
@@ -39,4 +35,3 @@ def draw_transfer(
                     spine.set(visible=name in attacked, color=_RED, linewidth=3)
         for axis, name in zip(axes[0], explainers, strict=True):
             axis.set_title(name.replace("_", " ").replace(" ", "\n"), fontsize="medium")
-        write_atomically(file, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
