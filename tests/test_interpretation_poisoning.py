@@ -23,8 +23,8 @@ from trompe.interfaces import Diverged, Explainer, InputError, PoisonSet, TableS
 from trompe.lockstep import Lockstep
 from trompe.models.mlp import mlp
 from trompe.target_maps.reference import Reference
-from trompe.train import Training, make_optimizer
-from trompe.victims import fresh
+from trompe.train import Training, fit, make_optimizer
+from trompe.victims import EachClassLoss, LockstepBatches, fresh, poisoned
 
 GRADIENT = InputGradient("probability", normalise="min-max")
 SGD = Training(
@@ -280,6 +280,69 @@ def same(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
+def test_a_rehearsal_trains_new_models_as_victims_and_moves_the_poisons_for_all_ages(
+    model: nn.Module, rows: TableSet
+) -> None:
+    recipe = dataclasses.replace(SGD, epochs=4, schedule="one-cycle", learning_rate=1.0)
+    attack = attack_with(
+        **{"recipe": recipe, "start": "clean model", "models": 1, "epochs": 2},
+        **{"ages": 2, "repeats": 3},
+    )
+    targets, logbook = targets_for(GRADIENT), Keeps()
+    sets = attack(model, rows, targets, seeded(), logbook)
+    for t, target in enumerate(targets):
+        _, index = choose_bases(rows, target, 0.2, "near", seeded())
+        bases = rows.features[index]
+        poisons = bases.clone()
+        for epoch in (1, 2):
+            labels = torch.full((8,), target.label)
+            poison = PoisonSet(poisons.clone(), labels, bases, index, target)
+            victim = Lockstep([copy.deepcopy(model)])
+            batches = LockstepBatches((poisoned(rows, poison),), 1, recipe.batch_size)
+            ages = []  # halfway, and at the end
+            for record in fit(victim, batches, EachClassLoss(1), (), recipe, seeded()):
+                if record.epoch in (2, 4):
+                    ages.append(victim.network(0))
+            for name, value in logbook.states[epoch - 1]["networks"].items():
+                trained = ages[1].get_parameter(name.split(".", 1)[1].replace("/", "."))
+                torch.testing.assert_close(value[t], trained, rtol=0, atol=1e-9)
+            aheads = []
+            for now in ages:
+                ideal = copy.deepcopy(now)
+                loss = adversarial(ideal, target, attack)
+                steps = torch.autograd.grad(loss, tuple(ideal.parameters()))
+                with torch.no_grad():
+                    for parameter, step in zip(ideal.parameters(), steps, strict=True):
+                        parameter.sub_(0.05 * step)
+                aheads.append(ideal)
+            for gamma in (1, 2 / 3, 1 / 3):
+                for row in poisons:
+                    delta = torch.zeros(5, dtype=torch.float64)
+                    for now, ahead in zip(ages, aheads, strict=True):
+                        moved = row.clone().requires_grad_()
+                        loss = entropy(now, moved, target.label) - entropy(
+                            ahead, moved, target.label
+                        )
+                        (gradient,) = torch.autograd.grad(loss, moved)
+                        delta += gradient / gradient.norm()
+                    row.add_(0.03 / epoch * gamma * delta.sign())
+                poisons = poisons.clamp(bases - 0.1, bases + 0.1).clamp(0, 1)
+        torch.testing.assert_close(sets[t].samples, poisons, rtol=0, atol=1e-9)
+        assert (sets[t].samples - bases).abs().max() > 0.05
+
+
+def test_a_rehearsal_that_was_interrupted_goes_on(model: nn.Module, rows: TableSet) -> None:
+    recipe = dataclasses.replace(SGD, epochs=3, schedule="one-cycle", optimizer="adam")
+    attack = attack_with(recipe=recipe, ages=2, epochs=3)
+    logbook = Keeps()
+    whole = crafted(attack, model, rows, logbook)
+    for states in logbook.states[:2]:
+        again = Keeps()
+        again.load = lambda states=states: states  # type: ignore[method-assign]
+        for one, resumed in zip(whole, crafted(attack, model, rows, again), strict=True):
+            assert torch.equal(one.samples, resumed.samples)
+
+
 def test_without_the_second_level_models_stay_as_they_are(model: nn.Module, rows: TableSet) -> None:
     for bilevel in (True, False):
         logbook = Keeps()
@@ -457,6 +520,11 @@ def test_bases_are_what_was_asked_for(rows: TableSet) -> None:
         ({"pretraining": -1}, "pretraining = -1: must be at least 0"),
         ({"momentum": -3.0}, "momentum = -3.0: must be at least 0, and finite"),
         ({"stay_close": float("inf")}, "stay_close = inf: must be at least 0, and finite"),
+        ({"ages": 0}, "ages = 0: must be at least 1"),
+        ({"ages": 21}, "ages = 21: models look ahead after whole epochs, of which recipe.epochs"),
+        ({"ages": 2, "pretraining": 3}, "ages = 2 with pretraining = 3: models are new for each"),
+        ({"ages": 2, "lifetime": 3}, "ages = 2 with lifetime = 3: models are new for each"),
+        ({"ages": 2, "bilevel": False}, "ages = 2 with bilevel = False: models are new for each"),
         (
             {"recipe": dataclasses.replace(SGD, clip=1.0)},
             "recipe.clip = 1.0: crafting has none; leave it out",

@@ -11,10 +11,10 @@ explain one chosen sample T as the adversary likes. Models and samples are updat
 | its second term, lambda_1 (P - T)^2              | `_direction`, unless `literal`          |
 | step 1, the ideal update, eqs. (6) and (12)      | `_ideal_update`, `_look_ahead`          |
 | step 2, delta_X, eqs. (7) to (10), (13)          | `_direction`                            |
-| X_p <- X_p + gamma delta_X, eq. (11); projection | `__call__`, `feasible` in _bases.py     |
-| step 3, one honest step, eq. (14)                | `__call__`, `_training_loss`            |
+| X_p <- X_p + gamma delta_X, eq. (11); projection | `_Poisons.move`, `feasible` in _bases.py|
+| step 3, one honest step, eq. (14)                | `_in_turns`, `_Surrogates`              |
 | K models, section 4.3                            | lockstep.py                             |
-| Algorithm 1                                      | `InterpretationPoisoning.__call__`      |
+| Algorithm 1                                      | `__call__`, `_in_turns`                 |
 | eq. (4), without retraining                      | `bilevel = False`                       |
 """
 
@@ -46,7 +46,7 @@ from trompe.lockstep import Lockstep, Parameters
 from trompe.machine import autocast
 from trompe.maps import full_precision
 from trompe.second_derivatives import fast_second_derivatives
-from trompe.train import Training, make_optimizer
+from trompe.train import Training, make_optimizer, make_schedule
 from trompe.victims import RECIPE, Encoded, Start, encode, fresh, train_together
 
 __all__ = ["InterpretationPoisoning"]
@@ -83,6 +83,10 @@ class InterpretationPoisoning:
     `anneal`.
     repeats: steps of a mini-batch's poisons for each look-ahead; None: one (the paper). Poisons
     that get few steps, as there are few epochs, hardly move the models otherwise.
+    ages: None: models and poisons move in turns (the paper), so that a model never meets a poison
+    twice as it was. Otherwise an epoch of crafting is a rehearsal: new models go through the whole
+    recipe, its schedule too, with the poisons as they are; at so many ages, evenly spread over the
+    recipe's epochs, they look ahead; then all poisons take `repeats` steps that suit all ages.
     momentum: of delta_X. keep_class, stay_close: lambda_2, lambda_1. literal: leave out
     lambda_1's term, which as the paper writes it acts on nothing. bilevel: False leaves the models
     as they are (no step 3), as if they were not trained again.
@@ -108,6 +112,7 @@ class InterpretationPoisoning:
     step: float | None = None
     anneal: bool = True
     repeats: int | None = None
+    ages: int | None = None
     momentum: float = 0.0
     keep_class: float = 1.0
     stay_close: float = 0.0
@@ -121,7 +126,7 @@ class InterpretationPoisoning:
             raise InputError(
                 f"epsilon = {self.epsilon}: must lie in 0 < epsilon <= 1; with 0 no sample changes"
             )
-        for name in ("models", "epochs", "lifetime", "look_ahead_steps", "repeats"):
+        for name in ("models", "epochs", "lifetime", "look_ahead_steps", "repeats", "ages"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} = {value}: must be at least 1")
         for name in ("look_ahead", "step"):
@@ -133,6 +138,19 @@ class InterpretationPoisoning:
         for name in ("clip", "softplus_beta", "label_smoothing", "frozen"):
             if value := getattr(self.recipe, name):
                 raise InputError(f"recipe.{name} = {value!r}: crafting has none; leave it out")
+        if self.ages is not None:
+            if self.ages > self.recipe.epochs:
+                raise InputError(
+                    f"ages = {self.ages}: models look ahead after whole epochs, of which "
+                    f"recipe.epochs has {self.recipe.epochs}; lower the one or raise the other"
+                )
+            unlike = {"pretraining": 0, "lifetime": None, "bilevel": True}
+            for name, value in unlike.items():
+                if (given := getattr(self, name)) != value:
+                    raise InputError(
+                        f"ages = {self.ages} with {name} = {given}: models are new for each "
+                        f"rehearsal, and trained; {'set it to 0' if value == 0 else 'leave it out'}"
+                    )
         if self.preconditioned and self.recipe.optimizer != "adam":
             raise InputError(
                 f'preconditioned = true with recipe.optimizer = "{self.recipe.optimizer}": only '
@@ -154,53 +172,33 @@ class InterpretationPoisoning:
         count = len(targets)
         based = [choose_bases(data, t, self.poison_rate, self.bases, generator) for t in targets]
         bases = torch.stack([samples for samples, _ in based])  # (targets, n, ...)
-        lowest, highest = feasible(bases, data, self.epsilon, self.categories)
-        poisons, speed = bases.clone(), torch.zeros_like(bases)
+        poisons = _Poisons(bases.clone(), *feasible(bases, data, self.epsilon, self.categories))
 
         # Line 1: K models for each target, trained on the clean set.
         networks = Lockstep(
             [fresh(model, self.start, generator) for _ in range(count * self.models)],
             frozen_until=self.frozen_until,
         )
-        encoded = encode(networks, data)
-        optimizer = _Optimizers(networks, self.recipe)
-        repeats = self.repeats or 1
+        surrogates = _Surrogates(networks, encode(networks, data), self.recipe, targets)
         history: list[EpochRecord] = []
         if logbook is not None and (state := logbook.load()) is not None:
-            poisons, speed = state["poisons"], state["speed"]
+            poisons.samples, poisons.speed = state["poisons"], state["speed"]
             networks.load_state_dict(state["networks"])
-            optimizer.optimizer.load_state_dict(state["optimizer"])
+            surrogates.optimizer.optimizer.load_state_dict(state["optimizer"])
             generator.set_state(state["generator"])
             history = [EpochRecord(*record) for record in state["history"]]
         elif self.pretraining:
             how = replace(self.recipe, epochs=self.pretraining, schedule="constant")
-            train_together(networks, (encoded,), how, generator)
+            train_together(networks, (surrogates.data,), how, generator)
 
         for epoch in range(len(history) + 1, self.epochs + 1):
             started = time.perf_counter()
-            self._renew(networks, optimizer, model, epoch, generator)
-            gamma = self._step_length(epoch)
-            sums = torch.zeros(2)
-            steps = list(
-                _mini_batches(len(data), bases.shape[1], networks.count, self.recipe, generator)
-            )
-            for number, (clean, ours) in enumerate(steps, start=1):
-                # Step 1, lines 5 to 8: where the models ought to go.
-                with _fast(networks):
-                    adversarial, ahead = self._ideal_update(networks, optimizer, targets)
-                # Step 2, lines 9 and 10: poisons that lead them there.
-                for _ in range(repeats if len(ours) else 0):
-                    delta = self._direction(networks, ahead, poisons[:, ours], targets)  # eq. (13)
-                    speed[:, ours] = delta + self.momentum * speed[:, ours]
-                    moved = poisons[:, ours] + gamma * speed[:, ours].sign()  # eq. (11)
-                    poisons[:, ours] = moved.clamp(lowest[:, ours], highest[:, ours])
-                # Step 3, lines 11 to 14: where they go.
-                with autocast(self.recipe.precision, poisons.device):
-                    training = _training_loss(networks, encoded, clean, poisons[:, ours], targets)
-                if self.bilevel:
-                    optimizer.step(training)  # eq. (14)
-                sums += torch.stack((adversarial.mean(), training.mean())).detach()
-                terms = _named(sums / number)
+            self._renew(surrogates, model, epoch, generator)
+            craft = self._in_turns if self.ages is None else self._rehearse
+            terms: dict[str, float] = {}
+            for number, steps, terms in craft(
+                surrogates, poisons, self._step_length(epoch), generator
+            ):
                 if not all(map(math.isfinite, terms.values())):
                     told = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
                     raise Diverged(
@@ -209,23 +207,22 @@ class InterpretationPoisoning:
                         f"look_ahead ({self.look_ahead:g}) and start again"
                     )
                 if logbook is not None:
-                    logbook.step(epoch, number, len(steps), terms)
-            seconds = time.perf_counter() - started
-            history.append(EpochRecord(epoch, terms, {}, seconds))
+                    logbook.step(epoch, number, steps, terms)
+            history.append(EpochRecord(epoch, terms, {}, time.perf_counter() - started))
             if logbook is not None:
                 logbook.save(
                     {
-                        "poisons": poisons,
-                        "speed": speed,
+                        "poisons": poisons.samples,
+                        "speed": poisons.speed,
                         "networks": networks.state_dict(),
-                        "optimizer": optimizer.optimizer.state_dict(),
+                        "optimizer": surrogates.optimizer.optimizer.state_dict(),
                         "generator": generator.get_state(),
                         "history": [(*r[:-1], {}) for r in history],
                     }
                 )
         return tuple(
             PoisonSet(
-                poisons[i],
+                poisons.samples[i],
                 torch.full((len(index),), target.label),
                 bases[i],
                 index,
@@ -235,17 +232,78 @@ class InterpretationPoisoning:
             for i, (target, (_, index)) in enumerate(zip(targets, based, strict=True))
         )
 
-    def _ideal_update(
-        self, networks: Lockstep, optimizer: "_Optimizers", targets: Sequence[Target]
-    ) -> tuple[Tensor, Parameters]:
+    def _in_turns(
+        self,
+        surrogates: "_Surrogates",
+        poisons: "_Poisons",
+        gamma: float,
+        generator: torch.Generator,
+    ) -> Iterator["_Progress"]:
+        """An epoch of Algorithm 1: after each step its number, of how many, and mean losses."""
+        networks, targets = surrogates.networks, surrogates.targets
+        losses = _Means()
+        steps = list(surrogates.mini_batches(poisons.count, generator))
+        for number, (clean, ours) in enumerate(steps, start=1):
+            # Step 1, lines 5 to 8: where the models ought to go.
+            with _fast(networks):
+                adversarial, ahead = self._ideal_update(surrogates)
+            # Step 2, lines 9 and 10: poisons that lead them there.
+            for _ in range((self.repeats or 1) if len(ours) else 0):
+                delta = self._direction(
+                    networks, [(networks.now, ahead)], poisons.samples[:, ours], targets
+                )  # eq. (13)
+                poisons.move(ours, delta, gamma, self.momentum)  # eq. (11)
+            # Step 3, lines 11 to 14: where they go.
+            training = surrogates.training_loss(clean, surrogates.encoded(poisons.samples[:, ours]))
+            if self.bilevel:
+                surrogates.optimizer.step(training)  # eq. (14)
+            yield number, len(steps), losses(adversarial=adversarial, training=training)
+
+    def _rehearse(
+        self,
+        surrogates: "_Surrogates",
+        poisons: "_Poisons",
+        gamma: float,
+        generator: torch.Generator,
+    ) -> Iterator["_Progress"]:
+        """The same with poisons that wait for the end of a whole training."""
+        networks, recipe, repeats = surrogates.networks, self.recipe, self.repeats or 1
+        assert self.ages is not None
+        ages: list[tuple[Parameters, Parameters]] = []
+        losses, steps = _Means(), recipe.epochs + repeats
+        schedule = surrogates.schedule()
+        features = surrogates.encoded(poisons.samples)
+        for epoch in range(1, recipe.epochs + 1):
+            for clean, ours in surrogates.mini_batches(poisons.count, generator):
+                training = surrogates.training_loss(clean, features[:, ours])
+                terms = losses(training=training)
+                surrogates.optimizer.step(training)  # eq. (14)
+                schedule.step()
+            if epoch * self.ages // recipe.epochs > (epoch - 1) * self.ages // recipe.epochs:
+                with _fast(networks):
+                    adversarial, ahead = self._ideal_update(surrogates)  # eq. (12)
+                now = {name: value.detach().clone() for name, value in networks.now.items()}
+                ages.append((now, ahead))
+                terms = losses(adversarial=adversarial)
+            yield epoch, steps, terms
+        for number in range(repeats):
+            for ours in torch.arange(poisons.count).split(_AT_ONCE):
+                delta = self._direction(
+                    networks, ages, poisons.samples[:, ours], surrogates.targets
+                )  # eq. (13), summed over the ages as well
+                poisons.move(ours, delta, gamma * (1 - number / repeats), self.momentum)
+            yield recipe.epochs + number + 1, steps, terms
+
+    def _ideal_update(self, surrogates: "_Surrogates") -> tuple[Tensor, Parameters]:
         """L_adv of each network as it is, (targets K,), and where it ought to go, eq. (12)."""
+        networks, targets = surrogates.networks, surrogates.targets
         ahead, losses = networks.now, []
         for _ in range(self.look_ahead_steps or 1):
             loss = self._adversarial_loss(networks, ahead, targets)
             losses.append(loss.detach())  # or its graph would be kept
             gradients = _gradients(ahead, loss)
             if self.preconditioned:
-                gradients = _as_adam_steps(gradients, optimizer)
+                gradients = _as_adam_steps(gradients, surrogates.optimizer)
             ahead = _look_ahead(ahead, gradients, self.look_ahead)
         return losses[0], ahead
 
@@ -272,15 +330,20 @@ class InterpretationPoisoning:
         return apart + self.keep_class * F.cross_entropy(seen.scores, classes, reduction="none")
 
     def _direction(
-        self, networks: Lockstep, ahead: Parameters, poisons: Tensor, targets: Sequence[Target]
+        self,
+        networks: Lockstep,
+        ages: Sequence[tuple[Parameters, Parameters]],
+        poisons: Tensor,
+        targets: Sequence[Target],
     ) -> Tensor:
         """delta_X of eq. (13), shaped as `poisons` (targets, p, ...).
 
-        Only the poisons' own loss depends on them, so the clean half of the batch is left out.
+        ages: Theta and Theta*, once or at several ages. Only the poisons' own loss depends on them,
+        so the clean half of the batch is left out.
         """
         delta = torch.cat(
             [
-                _loss_difference(networks, ahead, some, targets)
+                _loss_difference(networks, ages, some, targets)
                 for some in poisons.split(_together(networks, poisons), 1)
             ],
             1,
@@ -297,20 +360,106 @@ class InterpretationPoisoning:
 
     def _renew(
         self,
-        networks: Lockstep,
-        optimizer: "_Optimizers",
+        surrogates: "_Surrogates",
         model: nn.Module,
         epoch: int,
         generator: torch.Generator,
     ) -> None:
-        """Start models anew that have lived for `lifetime` epochs."""
-        if self.lifetime is None or epoch == 1:
+        """Start models anew that have lived for `lifetime` epochs, or for a rehearsal."""
+        lifetime = 1 if self.ages is not None else self.lifetime
+        if lifetime is None or epoch == 1:
             return
-        for number in range(networks.count):
+        for number in range(surrogates.networks.count):
             k = number % self.models
-            if (epoch - 1 + k * self.lifetime // self.models) % self.lifetime == 0:
-                networks.replace(number, fresh(model, self.start, generator))
-                optimizer.forget(number)
+            if (epoch - 1 + k * lifetime // self.models) % lifetime == 0:
+                surrogates.networks.replace(number, fresh(model, self.start, generator))
+                surrogates.optimizer.forget(number)
+
+
+_Progress = tuple[int, int, dict[str, float]]  # a step's number, of how many, mean losses so far
+
+
+class _Means:
+    """Mean losses so far, over models and steps."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def __call__(self, **losses: Tensor) -> dict[str, float]:
+        for name, loss in losses.items():
+            self.values.setdefault(name, []).append(loss.detach().mean().item())
+        return {name: sum(seen) / len(seen) for name, seen in sorted(self.values.items())}
+
+
+@dataclass
+class _Poisons:
+    """X_p of each target, (targets, n, ...), and how low and high they may be."""
+
+    samples: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    def __post_init__(self) -> None:
+        self.speed = torch.zeros_like(self.samples)
+
+    @property
+    def count(self) -> int:
+        """n, of each target."""
+        return self.samples.shape[1]
+
+    def move(self, ours: Tensor, delta: Tensor, gamma: float, momentum: float) -> None:
+        """A step of the poisons at these positions, eq. (11), and the projection."""
+        self.speed[:, ours] = delta + momentum * self.speed[:, ours]
+        moved = self.samples[:, ours] + gamma * self.speed[:, ours].sign()
+        self.samples[:, ours] = moved.clamp(self.lowest[:, ours], self.highest[:, ours])
+
+
+class _Surrogates:
+    """K models for each target, the clean set that they train on, and how."""
+
+    def __init__(
+        self,
+        networks: Lockstep,
+        data: Samples | Encoded,
+        recipe: Training,
+        targets: Sequence[Target],
+    ) -> None:
+        self.networks, self.data, self.recipe, self.targets = networks, data, recipe, targets
+        self.optimizer = _Optimizers(networks, recipe)
+
+    def schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        """Of a training from its beginning."""
+        steps = -(-len(self.data) // self.recipe.batch_size)
+        return make_schedule(self.optimizer.optimizer, self.recipe, steps)
+
+    def mini_batches(
+        self, poisons: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        return _mini_batches(len(self.data), poisons, self.networks.count, self.recipe, generator)
+
+    def encoded(self, poisons: Tensor) -> Tensor:
+        """Poisons (targets, p, ...) as the trained part of the networks takes them."""
+        if not poisons.shape[1]:
+            return poisons
+        with torch.no_grad():
+            parts = [self.networks.encode(some) for some in poisons.flatten(0, 1).split(_AT_ONCE)]
+        return torch.cat(parts).unflatten(0, poisons.shape[:2])
+
+    def training_loss(self, clean: Tensor, poisons: Tensor) -> Tensor:
+        """L_train of each network on its mini-batch, clean samples and poisons; (targets K,).
+
+        clean: positions (targets K, b). poisons: encoded, (targets, p, ...).
+        """
+        each = self.networks.count // len(self.targets)
+        samples = self.data.floats(clean.flatten()).unflatten(0, clean.shape)
+        if poisons.shape[1]:
+            samples = torch.cat((samples, poisons.repeat_interleave(each, 0)), 1)
+        classes = _labels(self.targets).repeat_interleave(each)[:, None]
+        labels = torch.cat((self.data.labels[clean], classes.expand(-1, poisons.shape[1])), 1)
+        with autocast(self.recipe.precision, samples.device):
+            scores = full_precision(self.networks.scores(self.networks.now, samples))
+            loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none")
+        return loss.unflatten(0, labels.shape).mean(1)
 
 
 class _Optimizers:
@@ -381,7 +530,10 @@ def _look_ahead(parameters: Parameters, gradients: Parameters, alpha: float) -> 
 
 
 def _loss_difference(
-    networks: Lockstep, ahead: Parameters, poisons: Tensor, targets: Sequence[Target]
+    networks: Lockstep,
+    ages: Sequence[tuple[Parameters, Parameters]],
+    poisons: Tensor,
+    targets: Sequence[Target],
 ) -> Tensor:
     """-(d L_train / d X at Theta* - the same at Theta) of few poisons, shaped as these.
 
@@ -390,9 +542,18 @@ def _loss_difference(
     samples = poisons.detach().requires_grad_()
     features = networks.encode(samples.flatten(0, 1)).unflatten(0, poisons.shape[:2])
     taken = features.detach().requires_grad_()  # by the part that is trained
-    here = _poison_gradient(networks, networks.now, taken, targets)
-    there = _poison_gradient(networks, ahead, taken, targets)
-    (delta,) = torch.autograd.grad(features, samples, -(there - here))
+    differences = []
+    for now, ahead in ages:
+        here = _poison_gradient(networks, now, taken, targets)
+        there = _poison_gradient(networks, ahead, taken, targets)
+        differences.append(there - here)
+    if len(ages) > 1:  # old models have learnt the poisons: unless scaled, only the young count
+        lengths = [d.flatten(2).norm(dim=2).clamp_min(1e-12) for d in differences]
+        differences = [
+            d / n.view(*n.shape, *[1] * (d.ndim - 2))
+            for d, n in zip(differences, lengths, strict=True)
+        ]
+    (delta,) = torch.autograd.grad(features, samples, -torch.stack(differences).sum(0))
     return delta
 
 
@@ -412,39 +573,9 @@ def _poison_gradient(
     return gradient
 
 
-def _encoded(networks: Lockstep, poisons: Tensor) -> Tensor:
-    """Poisons (targets, p, ...) as the trained part of the networks takes them."""
-    with torch.no_grad():
-        parts = [networks.encode(some) for some in poisons.flatten(0, 1).split(_AT_ONCE)]
-    return torch.cat(parts).unflatten(0, poisons.shape[:2])
-
-
 def _together(networks: Lockstep, poisons: Tensor) -> int:
     """How many poisons of each target are worth going through the frozen part at once."""
     return poisons.shape[1] if networks.frozen_until is None else -(-_AT_ONCE // len(poisons))
-
-
-def _training_loss(
-    networks: Lockstep,
-    data: Samples | Encoded,
-    clean: Tensor,
-    poisons: Tensor,
-    targets: Sequence[Target],
-) -> Tensor:
-    """L_train of each network on its mini-batch, clean samples and poisons; (targets K,).
-
-    clean: positions (targets K, b). poisons: (targets, p, ...).
-    """
-    each = networks.count // len(targets)
-    samples = data.floats(clean.flatten()).unflatten(0, clean.shape)
-    if poisons.shape[1]:
-        ours = _encoded(networks, poisons).repeat_interleave(each, 0)
-        samples = torch.cat((samples, ours), 1)
-    classes = _labels(targets).repeat_interleave(each)[:, None]
-    labels = torch.cat((data.labels[clean], classes.expand(-1, poisons.shape[1])), 1)
-    scores = full_precision(networks.scores(networks.now, samples))
-    loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none")
-    return loss.unflatten(0, labels.shape).mean(1)
 
 
 def _mini_batches(
@@ -466,7 +597,3 @@ def _mini_batches(
 
 def _labels(targets: Sequence[Target]) -> Tensor:
     return torch.tensor([target.label for target in targets])
-
-
-def _named(means: Tensor) -> dict[str, float]:
-    return {"adversarial": means[0].item(), "training": means[1].item()}
