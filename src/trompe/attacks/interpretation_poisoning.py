@@ -64,8 +64,8 @@ class InterpretationPoisoning:
     poison_rate: n, as a share of the training set. bases, epsilon, categories: what the poisons
     are made from, and how far they may be from it; see `choose_bases` and `feasible`.
     models: K; each sees the clean samples in an order of its own. epochs: E. recipe: how the K
-    models train, and how victims are expected to; but its rate stays constant, as models of all
-    ages are wanted, and BatchNorm's statistics stay as they are. start: from where; "clean model":
+    models train, and how victims are expected to; but, without `ages`, its rate stays constant, as
+    models of all ages are wanted, and BatchNorm's statistics stay as they are. start: from where; "clean model":
     all K from the same weights, other than the paper's. pretraining: epochs on the clean set
     before; 0: crafting begins where victims begin.
     frozen_until: the layer up to which no network is trained, neither here nor, as one hopes, at
@@ -86,7 +86,8 @@ class InterpretationPoisoning:
     ages: None: models and poisons move in turns (the paper), so that a model never meets a poison
     twice as it was. Otherwise an epoch of crafting is a rehearsal: new models go through the whole
     recipe, its schedule too, with the poisons as they are; at so many ages, evenly spread over the
-    recipe's epochs, they look ahead; then all poisons take `repeats` steps that suit all ages.
+    recipe's epochs, they look ahead; then all poisons take `repeats` steps, from gamma to 0, that
+    suit all ages.
     momentum: of delta_X. keep_class, stay_close: lambda_2, lambda_1. literal: leave out
     lambda_1's term, which as the paper writes it acts on nothing. bilevel: False leaves the models
     as they are (no step 3), as if they were not trained again.
