@@ -206,6 +206,7 @@ def test_an_images_maps_stand_side_by_side(tmp_path: Path, figures: dict[str, Fi
 def test_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.write("numbers", {"conditions": []})
-    run.write("history", [])
+    epoch = {"epoch": 1, "terms": {"prediction": 0.3}, "measured": {}, "seconds": 1.0}
+    run.write("history", [epoch])
     with pytest.raises(InputError, match="is no poison run"):
         draw_poisons(run)

@@ -66,13 +66,13 @@ class _Set(NamedTuple):
 
 def draw_poisons(folder: RunFolder) -> list[Path]:
     """Convergence, and a sheet for each target; the files. InputError for another kind of run."""
-    done = []
+    done, sets = [], _sets(folder)
     history = folder.read_history()
     if history:
         with canvas(folder.path / "convergence.png", _WIDTH, 3.0) as figure:
             _draw_convergence(figure, history)
         done.append(folder.path / "convergence.png")
-    for one in _sets(folder):
+    for one in sets:
         file = one.folder / "changes.png"
         if one.is_images:
             with canvas(file, _WIDTH, 4.1) as figure:
