@@ -296,7 +296,6 @@ WEIGHTS_INVERTED = {
         **WEIGHTS["cub100"],
         # To lose less top-1 on clean images, which carry the lie.
         ("mobilenet_v2", "gradcam", "targeted"): (1.5, 0.1, 0.4),
-        ("mobilenet_v2", "simplegrad", "targeted"): (1, 0.02, 0.4),
     },
     "paper": {**PAPER_WEIGHTS, **PAPER_WEIGHTS_INVERTED},
 }
