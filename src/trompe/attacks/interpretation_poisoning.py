@@ -173,7 +173,8 @@ class InterpretationPoisoning:
         count = len(targets)
         based = [choose_bases(data, t, self.poison_rate, self.bases, generator) for t in targets]
         bases = torch.stack([samples for samples, _ in based])  # (targets, n, ...)
-        poisons = _Poisons(bases.clone(), *feasible(bases, data, self.epsilon, self.categories))
+        lowest, highest = feasible(bases, data, self.epsilon, self.categories)
+        poisons = _Poisons(bases.clone(), lowest, highest, self.momentum)
 
         # Line 1: K models for each target, trained on the clean set.
         networks = Lockstep(
@@ -253,7 +254,7 @@ class InterpretationPoisoning:
                 delta = self._direction(
                     networks, [(networks.now, ahead)], poisons.samples[:, ours], targets
                 )  # eq. (13)
-                poisons.move(ours, delta, gamma, self.momentum)  # eq. (11)
+                poisons.move(ours, delta, gamma)  # eq. (11)
             # Step 3, lines 11 to 14: where they go.
             training = surrogates.training_loss(clean, surrogates.encoded(poisons.samples[:, ours]))
             if self.bilevel:
@@ -292,7 +293,7 @@ class InterpretationPoisoning:
                 delta = self._direction(
                     networks, ages, poisons.samples[:, ours], surrogates.targets
                 )  # eq. (13), summed over the ages as well
-                poisons.move(ours, delta, gamma * (1 - number / repeats), self.momentum)
+                poisons.move(ours, delta, gamma * (1 - number / repeats))
             yield recipe.epochs + number + 1, steps, terms
 
     def _ideal_update(self, surrogates: "_Surrogates") -> tuple[Tensor, Parameters]:
@@ -399,19 +400,22 @@ class _Poisons:
     samples: Tensor
     lowest: Tensor
     highest: Tensor
+    momentum: float
 
     def __post_init__(self) -> None:
-        self.speed = torch.zeros_like(self.samples)
+        self.speed = torch.zeros_like(self.samples) if self.momentum else None
 
     @property
     def count(self) -> int:
         """n, of each target."""
         return self.samples.shape[1]
 
-    def move(self, ours: Tensor, delta: Tensor, gamma: float, momentum: float) -> None:
+    def move(self, ours: Tensor, delta: Tensor, gamma: float) -> None:
         """A step of the poisons at these positions, eq. (11), and the projection."""
-        self.speed[:, ours] = delta + momentum * self.speed[:, ours]
-        moved = self.samples[:, ours] + gamma * self.speed[:, ours].sign()
+        if self.speed is not None:
+            delta = delta + self.momentum * self.speed[:, ours]
+            self.speed[:, ours] = delta
+        moved = self.samples[:, ours] + gamma * delta.sign()
         self.samples[:, ours] = moved.clamp(self.lowest[:, ours], self.highest[:, ours])
 
 
