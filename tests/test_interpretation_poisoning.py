@@ -333,7 +333,7 @@ def test_a_rehearsal_trains_new_models_as_victims_and_moves_the_poisons_for_all_
 
 def test_a_rehearsal_that_was_interrupted_goes_on(model: nn.Module, rows: TableSet) -> None:
     recipe = dataclasses.replace(SGD, epochs=3, schedule="one-cycle", optimizer="adam")
-    attack = attack_with(recipe=recipe, ages=2, epochs=3)
+    attack = attack_with(recipe=recipe, ages=2, epochs=3, momentum=0.5)
     logbook = Keeps()
     whole = crafted(attack, model, rows, logbook)
     for states in logbook.states[:2]:

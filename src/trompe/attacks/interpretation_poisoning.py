@@ -65,9 +65,9 @@ class InterpretationPoisoning:
     are made from, and how far they may be from it; see `choose_bases` and `feasible`.
     models: K; each sees the clean samples in an order of its own. epochs: E. recipe: how the K
     models train, and how victims are expected to; but, without `ages`, its rate stays constant, as
-    models of all ages are wanted, and BatchNorm's statistics stay as they are. start: from where; "clean model":
-    all K from the same weights, other than the paper's. pretraining: epochs on the clean set
-    before; 0: crafting begins where victims begin.
+    models of all ages are wanted, and BatchNorm's statistics stay as they are. start: from where;
+    "clean model": all K from the same weights, other than the paper's. pretraining: epochs on the
+    clean set before; 0: crafting begins where victims begin.
     frozen_until: the layer up to which no network is trained, neither here nor, as one hopes, at
     the victims'; its outputs are computed once. None: all is trained.
     lifetime: after as many epochs a model starts anew, one model after the other, so that poisons
