@@ -67,7 +67,7 @@ OF_DOGS: dict[str, dict[str, Any]] = {
         },
         "distance": "share",
         "look_ahead": 0.2,
-        # In rounds: found on the selection half.
+        # Poisons in rounds: found on two targets of the selection half.
         **{"models": 1, "epochs": 4, "lifetime": None, "ages": 4, "repeats": 10, "step": 0.03},
     },
     "cam": {},

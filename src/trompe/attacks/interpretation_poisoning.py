@@ -268,7 +268,10 @@ class InterpretationPoisoning:
         gamma: float,
         generator: torch.Generator,
     ) -> Iterator["_Progress"]:
-        """The same with poisons that wait for the end of a whole training."""
+        """The same, ours: the models go through a whole training, then the poisons move.
+
+        A step is an epoch of that training, or a step of all poisons.
+        """
         networks, recipe, repeats = surrogates.networks, self.recipe, self.repeats or 1
         assert self.ages is not None
         ages: list[tuple[Parameters, Parameters]] = []
