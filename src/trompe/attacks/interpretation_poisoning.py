@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,8 @@ class InterpretationPoisoning:
     twice as it was. Otherwise an epoch of crafting is a rehearsal: new models go through the whole
     recipe, its schedule too, with the poisons as they are; at so many ages, evenly spread over the
     recipe's epochs, they look ahead; then all poisons take `repeats` steps, from gamma to 0, that
-    suit all ages.
+    suit all ages. The last rehearsal is for its models alone: of all, a target keeps the poisons
+    whose models lied best at their end.
     momentum: of delta_X. keep_class, stay_close: lambda_2, lambda_1. literal: leave out
     lambda_1's term, which as the paper writes it acts on nothing. bilevel: False leaves the models
     as they are (no step 3), as if they were not trained again.
@@ -140,6 +141,11 @@ class InterpretationPoisoning:
             if value := getattr(self.recipe, name):
                 raise InputError(f"recipe.{name} = {value!r}: crafting has none; leave it out")
         if self.ages is not None:
+            if self.epochs < 2:
+                raise InputError(
+                    f"ages = {self.ages} with epochs = {self.epochs}: poisons do not move after "
+                    "the last rehearsal, so there must be at least 2"
+                )
             if self.ages > self.recipe.epochs:
                 raise InputError(
                     f"ages = {self.ages}: models look ahead after whole epochs, of which "
@@ -184,7 +190,7 @@ class InterpretationPoisoning:
         surrogates = _Surrogates(networks, encode(networks, data), self.recipe, targets)
         history: list[EpochRecord] = []
         if logbook is not None and (state := logbook.load()) is not None:
-            poisons.samples, poisons.speed = state["poisons"], state["speed"]
+            poisons.load_state_dict(state["poisons"])
             networks.load_state_dict(state["networks"])
             surrogates.optimizer.optimizer.load_state_dict(state["optimizer"])
             generator.set_state(state["generator"])
@@ -198,9 +204,8 @@ class InterpretationPoisoning:
             self._renew(surrogates, model, epoch, generator)
             craft = self._in_turns if self.ages is None else self._rehearse
             terms: dict[str, float] = {}
-            for number, steps, terms in craft(
-                surrogates, poisons, self._step_length(epoch), generator
-            ):
+            gamma = self._step_length(epoch)
+            for number, steps, terms in craft(surrogates, poisons, gamma, generator):
                 if not all(map(math.isfinite, terms.values())):
                     told = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
                     raise Diverged(
@@ -214,17 +219,17 @@ class InterpretationPoisoning:
             if logbook is not None:
                 logbook.save(
                     {
-                        "poisons": poisons.samples,
-                        "speed": poisons.speed,
+                        "poisons": poisons.state_dict(),
                         "networks": networks.state_dict(),
                         "optimizer": surrogates.optimizer.optimizer.state_dict(),
                         "generator": generator.get_state(),
                         "history": [(*r[:-1], {}) for r in history],
                     }
                 )
+        made = poisons.samples if poisons.best is None else poisons.best
         return tuple(
             PoisonSet(
-                poisons.samples[i],
+                made[i],
                 torch.full((len(index),), target.label),
                 bases[i],
                 index,
@@ -275,7 +280,7 @@ class InterpretationPoisoning:
         networks, recipe, repeats = surrogates.networks, self.recipe, self.repeats or 1
         assert self.ages is not None
         ages: list[tuple[Parameters, Parameters]] = []
-        losses, steps = _Means(), recipe.epochs + repeats
+        losses, steps = _Means(), recipe.epochs + (repeats if gamma else 0)
         schedule = surrogates.schedule()
         features = surrogates.encoded(poisons.samples)
         for epoch in range(1, recipe.epochs + 1):
@@ -291,7 +296,8 @@ class InterpretationPoisoning:
                 ages.append((now, ahead))
                 terms = losses(adversarial=adversarial)
             yield epoch, steps, terms
-        for number in range(repeats):
+        poisons.keep_better(adversarial)
+        for number in range(repeats if gamma else 0):
             for ours in torch.arange(poisons.count).split(_AT_ONCE):
                 delta = self._direction(
                     networks, ages, poisons.samples[:, ours], surrogates.targets
@@ -359,9 +365,12 @@ class InterpretationPoisoning:
         return delta
 
     def _step_length(self, epoch: int) -> float:
-        """gamma of eq. (11)."""
+        """gamma of eq. (11); 0 in the last rehearsal."""
         gamma = self.epsilon / 10 if self.step is None else self.step
-        return gamma * (1 - (epoch - 1) / self.epochs) if self.anneal else gamma
+        moving = self.epochs if self.ages is None else self.epochs - 1
+        if epoch > moving:
+            return 0.0
+        return gamma * (1 - (epoch - 1) / moving) if self.anneal else gamma
 
     def _renew(
         self,
@@ -398,7 +407,10 @@ class _Means:
 
 @dataclass
 class _Poisons:
-    """X_p of each target, (targets, n, ...), and how low and high they may be."""
+    """X_p of each target, (targets, n, ...), and how low and high they may be.
+
+    best, least: of rehearsed poisons, those with the least L_adv, and that, (targets,).
+    """
 
     samples: Tensor
     lowest: Tensor
@@ -407,6 +419,8 @@ class _Poisons:
 
     def __post_init__(self) -> None:
         self.speed = torch.zeros_like(self.samples) if self.momentum else None
+        self.best: Tensor | None = None
+        self.least = self.samples.new_full((len(self.samples),), math.inf)
 
     @property
     def count(self) -> int:
@@ -420,6 +434,23 @@ class _Poisons:
             self.speed[:, ours] = delta
         moved = self.samples[:, ours] + gamma * delta.sign()
         self.samples[:, ours] = moved.clamp(self.lowest[:, ours], self.highest[:, ours])
+
+    def keep_better(self, adversarial: Tensor) -> None:
+        """Of each target as they are, if the models' mean L_adv, (targets K,), was never less."""
+        losses = adversarial.unflatten(0, (len(self.samples), -1)).mean(1)
+        better = losses < self.least
+        if self.best is None:
+            self.best = torch.empty_like(self.samples)
+        self.best[better] = self.samples[better]
+        self.least = torch.minimum(losses, self.least)
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("samples", "speed", "best", "least")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 class _Surrogates:
