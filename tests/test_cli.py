@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from trompe.cli import main
+from trompe.cli import _changed, main
 from trompe.runs import RunFolder
 
 TINY = """
@@ -279,6 +279,9 @@ def test_a_killed_attack_goes_on_and_ends_in_the_same_bits(
         ("model.name=resnet21", r"resnet21.*did you mean"),
         ("attack.training.epochs=0", r"epochs = 0: must be at least 1"),
         ("attack.patience=0", r"patience = 0: must be at least 1"),
+        ("data.kind=", r"data: is .*must be a table with a key kind"),
+        ("attack.no.such=", r"--set attack\.no\.such=: the experiment does not set it"),
+        ("name.kind=", r"--set name\.kind=: the experiment does not set it"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, change: str, expected: str) -> None:
@@ -286,6 +289,11 @@ def test_a_wrong_setting_is_named(tmp_path: Path, change: str, expected: str) ->
     told = one_sentence(call("attack", "tiny.toml", "--set", change, folder=tmp_path))
     assert re.search(expected, told), told
     assert not list(tmp_path.glob("runs/tiny-*"))
+
+
+def test_a_setting_can_be_left_out() -> None:
+    table = {"attack": {"lifetime": 10, "epochs": 3}}
+    assert _changed(table, None, ["attack.lifetime="]) == {"attack": {"epochs": 3}}
 
 
 def test_an_attack_of_ones_own_must_say_by_what_it_is_measured(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from trompe.data._reading import IMG_EXTENSIONS
 from trompe.experiment import (
     AttackJob,
     Experiment,
+    drop_key,
     experiment_table,
     note_streamed,
     read_experiment,
@@ -83,7 +84,11 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; default: the idl
 Seed = Annotated[int | None, typer.Option(help="Replaces the experiment's seed.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting: attack.weight=0.95"),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace a setting: attack.weight=0.95; KEY= leaves it out.",
+    ),
 ]
 Skip = Annotated[
     bool, typer.Option("--skip-unreadable", help="Leave unreadable images out; record which.")
@@ -690,7 +695,10 @@ def _changed(table: dict[str, Any], seed: int | None, settings: list[str] | None
         if not found:
             raise InputError(f"--set {text}: must read KEY=VALUE, for instance attack.weight=0.95")
         try:
-            set_key(table, key.strip(), _toml_value(value))
+            if value.strip():
+                set_key(table, key.strip(), _toml_value(value))
+            else:
+                drop_key(table, key.strip())
         except InputError as error:
             raise InputError(f"--set {error}") from error
     if seed is not None:

@@ -146,6 +146,17 @@ def set_key(table: dict[str, Any], key: str, value: Any) -> None:
     table[last] = value
 
 
+def drop_key(table: dict[str, Any], key: str) -> None:
+    """Leaves a setting out of the table, so that it is what it is by default."""
+    *path, last = key.split(".")
+    inner: Any = table
+    for name in path:
+        inner = inner.get(name) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict) or last not in inner:
+        raise InputError(f"{key}=: the experiment does not set it, so it cannot be left out")
+    del inner[last]
+
+
 def read_experiment(source: Path | str | dict[str, Any], where: str = "") -> Experiment:
     """An experiment from a TOML file or its table.
 
