@@ -10,6 +10,8 @@ python benchmarks/crafting.py [--rounds 10] [--cases table images] [--models 4] 
 | crafting, vmap     | one crafting iteration (look-ahead, delta_X, honest step), the K in a call|
 | crafting, loop     | the same with K calls                                                     |
 | ..., as for dogs   | the same with six look-ahead steps, preconditioned, and five of the poisons|
+| a round, ...       | GRAD on dogs: four epochs' training of K new models, each with a look-ahead|
+|                    | of six steps; ten steps of all poisons; over the four epochs' plain steps |
 
 All see mini-batches of one size, poisons included. Each takes turns with the plain steps (A B A B),
 so that other work on the machine slows both alike; a turn is an epoch of ten steps, of which the
@@ -19,6 +21,7 @@ first is not timed. A ratio is the median over rounds of (contender's / plain's 
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -51,13 +54,21 @@ EXPLAINERS: dict[str, Explainer] = {
 }
 
 DOGS: dict[str, Any] = {"look_ahead_steps": 6, "preconditioned": True, "repeats": 5}
+ROUND: dict[str, Any] = {**DOGS, "repeats": 10, "ages": 4, "epochs": 2}  # the second moves nothing
 
 
 class Clock(list[float]):
-    """A logbook of the time at which each step ended."""
+    """A logbook of the time at which each step ended; `epochs`: at which each epoch did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = time.perf_counter()
+        self.epochs: list[float] = []
 
     def load(self) -> None: ...
-    def save(self, state: dict[str, Any]) -> None: ...
+    def save(self, state: dict[str, Any]) -> None:
+        self.epochs.append(time.perf_counter())
+
     def step(self, epoch: int, step: int, steps: int, terms: Mapping[str, float]) -> None:
         self.append(time.perf_counter())
 
@@ -113,17 +124,16 @@ class Scene:
     def crafting(
         self, explainer: Explainer, vectorised: bool, **settings: Any
     ) -> Callable[[], float]:
+        usual: dict[str, Any] = {"epochs": 1, "recipe": replace(RECIPE, batch_size=self.batch)}
         attack = InterpretationPoisoning(
             explainer,
             Scattered(),
             RATE,
             "class",
             models=self.models,
-            epochs=1,
             pretraining=0,
             distance="share",
-            recipe=RECIPE if self.batch == 128 else _with_batch(self.batch),
-            **settings,
+            **{**usual, **settings},
         )
         sample = self.data.floats(torch.tensor([0]))
         networks = Lockstep([self.model])
@@ -137,7 +147,10 @@ class Scene:
             clock = Clock()
             with patch("trompe.attacks.interpretation_poisoning.Lockstep", how):
                 attack(self.model, self.data, [target], _dice(), clock)
-            return clock[-1] - clock[0]
+            if attack.ages is None:
+                return clock[-1] - clock[0]
+            trained = attack.recipe.epochs * STEPS  # steps, of which plain's turn has all but one
+            return (clock.epochs[0] - clock.started) * (STEPS - 1) / trained
 
         return turn
 
@@ -149,10 +162,6 @@ class Scene:
             step(self.data.floats(index), self.data.labels[index])
             ended.append(time.perf_counter())
         return ended[-1] - ended[0]
-
-
-def _with_batch(batch: int) -> Any:
-    return RECIPE.__class__(**{**vars(RECIPE), "batch_size": batch})
 
 
 def _dice() -> torch.Generator:
@@ -172,6 +181,10 @@ def measure(case: str, models: int, rounds: int) -> list[dict[str, Any]]:
     if case == "images":
         for name, explainer in EXPLAINERS.items():
             turns[f"crafting {name}, loop, as for dogs"] = scene.crafting(explainer, False, **DOGS)
+        how = replace(RECIPE, batch_size=scene.batch, epochs=ROUND["ages"])
+        turns["a round, grad, loop, as for dogs"] = scene.crafting(
+            EXPLAINERS["grad"], False, recipe=how, **ROUND
+        )
     plain = scene.plain()
     ratios: dict[str, list[float]] = {name: [] for name in turns}
     seconds: list[float] = []
