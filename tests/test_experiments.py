@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import trompe
+from trompe.catalog import describe
 from trompe.classifier import ModelSpec, build_model
 from trompe.experiments import FOLDER
 from trompe.experiments.fang2020 import tables as fang
@@ -148,6 +149,17 @@ def test_each_model_is_one_line_of_what_is_left_of_the_trigger() -> None:
     assert "| b, seed 0 | 100 |  |  |" in lines
     assert "| a, seed 0 | 50.0 | 50.0 |" in lines
     assert any("PSNR 34.3 dB, at most 5 of 255" in line for line in lines)
+
+
+def test_what_is_left_of_a_trigger_is_known_of_an_attack_with_its_settings_alone() -> None:
+    cell = next(iter(fang.on_each_model(fang.Specificity, Plan())))
+    experiment: Any = fang.experiment_of(cell)
+    own = {"run": experiment.name, "seed": 0}
+    attack = describe(experiment.attack)
+    assert cell.known([{**own, "attack": attack}])
+    for row in (own, {**own, "attack": {**attack, "alpha": 9.0}}, {**own, "run": "another"}):
+        assert not cell.known([row])
+    assert not cell.known([])
 
 
 def test_an_explainer_that_was_not_asked_is_a_dash() -> None:

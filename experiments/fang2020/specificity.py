@@ -122,6 +122,7 @@ def look_at(path: Path, root: Path, device: Any, images: int, keys: int = RANDOM
         "run": experiment.name,
         "seed": experiment.seed,
         "inverted": attack.inverted,
+        "attack": folder.read("spec")["attack"],
         "images": len(data),
         "psnr_db": round(seen.psnr, 2),
         "largest_difference_of_255": round(255 * seen.largest, 2),

@@ -755,8 +755,8 @@ class Specificity(Attack):
         return (self.model, self.what, self.kind) == ("resnet20", "gradcam", "targeted")
 
     def known(self, rows: Sequence[Row]) -> bool:
-        name = experiment_of(self).name
-        return any((r["run"], r["seed"]) == (name, self.seed) for r in rows)
+        found = [r for r in rows if (r["run"], r["seed"]) == (experiment_of(self).name, self.seed)]
+        return bool(found) and all("attack" in r and self.same_attack(r) for r in found)
 
     def __call__(self, place: Place, screen: Screen) -> list[Row]:
         run, device = self.run(place, screen), choose_device(place.device)
