@@ -163,6 +163,10 @@ def test_the_trigger_and_the_fooling_rates_are_printed(attacked: Path, tmp_path:
 def test_report_and_evaluate_and_explain_take_the_run(attacked: Path) -> None:
     run = run_folder(attacked)
     assert call("report", run, folder=attacked).returncode == 0
+    done = call("report", run, "--out", "figure.png", "--images", 1, folder=attacked)
+    assert done.stdout.endswith("open figure.png\n")
+    with Image.open(attacked / "figure.png") as figure:
+        assert figure.format == "PNG"
     assert "<table" in (attacked / "report.html").read_text()
     before = json.loads((run / "numbers.json").read_text())
     assert call("evaluate", run, folder=attacked).returncode == 0

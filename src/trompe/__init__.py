@@ -37,7 +37,7 @@ from trompe.poisoning import (
     read_poisoning,
 )
 from trompe.recording import watch
-from trompe.report import render
+from trompe.report import draw_gallery, render
 from trompe.run_list import list_runs
 from trompe.runs import RunFolder
 from trompe.search import SearchFolder, read_search, search
@@ -74,6 +74,7 @@ __all__ = [
     "answers",
     "build",
     "crew_of",
+    "draw_gallery",
     "explain",
     "fit",
     "list_runs",

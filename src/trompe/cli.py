@@ -57,7 +57,8 @@ from trompe.replicating import (
     to_run,
 )
 from trompe.replicating import choose as choose_cells
-from trompe.report import render
+from trompe.report import draw_gallery, render
+from trompe.report.gallery_picture import KINDS
 from trompe.report.poison_pictures import draw_maps, draw_poisons
 from trompe.report.search_pictures import draw_search
 from trompe.run_list import (
@@ -510,10 +511,19 @@ def _entry(table: Any, key: str) -> Any:
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    out: Annotated[
+        Path, typer.Option(help="The page to write; a .png, .pdf or .svg is its gallery alone.")
+    ] = Path("report.html"),
+    images: Annotated[
+        int, typer.Option(help="At most so many images in a .png, .pdf or .svg.")
+    ] = 4,
 ) -> None:
-    """One self-contained HTML page about one or several runs."""
-    render([RunFolder(path) for path in runs], out)
+    """One self-contained HTML page about one or several runs, or its gallery as a figure."""
+    folders = [RunFolder(path) for path in runs]
+    if out.suffix.lower() in KINDS:
+        draw_gallery(folders, out, images)
+    else:
+        render(folders, out)
     print(f"open {out}")
 
 

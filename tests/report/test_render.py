@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from trompe import catalog
 from trompe.attacks.explanation_aware_backdoors import ExplanationAwareBackdoors
@@ -22,7 +24,8 @@ from trompe.explainers.gradcam import GradCam
 from trompe.interfaces import Attacked, Goal, ImageSet, InputError
 from trompe.measure import gallery, measure
 from trompe.models.resnet20 import resnet20
-from trompe.report import render
+from trompe.report import draw_gallery, render
+from trompe.report.pictures import heat_pixels
 from trompe.runs import RunFolder
 from trompe.target_maps.picture import Picture
 from trompe.target_maps.reference import Reference
@@ -485,3 +488,87 @@ def test_a_run_of_another_version_is_refused(make: Make, tmp_path: Path) -> None
 def test_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run"):
         render([], tmp_path / "report.html")
+
+
+# --- the gallery as a figure ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved."""
+    kept: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, file: Path, **settings: Any) -> None:
+        kept.append(figure)
+        save(figure, file, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return kept
+
+
+def test_a_figure_shows_what_each_model_says_of_each_image(
+    make: Make, tmp_path: Path, drawn: list[Figure]
+) -> None:
+    run = make()
+    right = run.read_tensors("gallery")["labels"].tolist()
+    predict(run, "clean", right)
+    predict(run, "triggered", [GIVE_WAY] * 3)
+    draw_gallery([run], tmp_path / "figure.png", images=2)
+    with Image.open(tmp_path / "figure.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("L").getcolors(300) or range(300)) > 20
+    (figure,) = drawn
+    pictures = [axis for axis in figure.axes if axis.images]
+    assert len(pictures) == 2 * 2 * 3  # images, conditions, and image, reference, manipulated
+    heads = [axis.get_title("center") for axis in pictures[:6]]
+    assert heads == ["clean", "reference", "manipulated", "trigger", "reference", "manipulated"]
+    shown = run.read_tensors("gallery")
+    image, _, manipulated = (axis.images[0].get_array() for axis in pictures[:3])
+    assert torch.equal(torch.as_tensor(image), shown["clean.images"][0].permute(1, 2, 0))
+    expected = heat_pixels(shown["clean.images"][0], shown["clean.maps"][0])
+    assert torch.equal(torch.as_tensor(manipulated), torch.as_tensor(expected))
+    for row, true in zip((pictures[:6], pictures[6:]), right, strict=False):
+        for axis in (row[0], row[2], row[3]):
+            assert axis.texts[0].get_text() == NAMES[true]
+        assert row[5].texts[0].get_text() == NAMES[GIVE_WAY]
+        framed = row[5].texts[0].get_bbox_patch() is not None
+        assert framed == (true != GIVE_WAY)  # the adversary's class, where it is wrong
+
+
+def test_a_figure_of_several_runs_has_a_column_each_or_rows_of_their_own(
+    make: Make, tmp_path: Path, drawn: list[Figure]
+) -> None:
+    runs = [make((DUAL,), "first"), make((KEEP,), "second"), make((DUAL,), "third", seed=1)]
+    for suffix in ("svg", "pdf"):
+        draw_gallery(runs, tmp_path / f"figure.{suffix}", images=1)
+    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    above, below = drawn[0].subfigs
+    heads = [axis.get_title("center") for axis in above.axes if axis.get_title("center")]
+    assert heads == [
+        *("clean", "reference", "dual", "keep"),
+        *("trigger 1", "reference", "dual", "keep"),
+        *("trigger 2", "reference", "dual", "keep"),
+    ]
+    # Each run knows its own trigger alone.
+    assert sum(bool(axis.images) for axis in above.axes) == 4 + 3 + 3
+    assert sum(bool(axis.images) for axis in below.axes) == 3 + 3
+    assert [part.get_suptitle() for part in (above, below)] == ["dual, keep", "dual"]
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "expected"),
+    [
+        ("figure.jpg", 4, r"figure .*figure\.jpg: must end in one of \.png, \.pdf, \.svg"),
+        ("figure.png", 0, r"images = 0: must be at least 1"),
+    ],
+)
+def test_a_figure_that_cannot_be_drawn_is_refused(
+    make: Make, tmp_path: Path, name: str, images: int, expected: str
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        draw_gallery([make()], tmp_path / name, images)
+    with pytest.raises(InputError, match="there is no run to report on"):
+        draw_gallery([], tmp_path / "figure.png")
+    assert not list(tmp_path.glob("figure*"))

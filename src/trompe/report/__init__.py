@@ -1,5 +1,6 @@
 """One self-contained HTML page about one or several runs. Reads run folders, runs no model."""
 
+from trompe.report.gallery_picture import draw_gallery
 from trompe.report.render import render
 
-__all__ = ["render"]
+__all__ = ["draw_gallery", "render"]

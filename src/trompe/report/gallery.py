@@ -84,6 +84,11 @@ class Gallery:
 
 def galleries(runs: Sequence[Run]) -> list[Gallery]:
     """One gallery for each set of images and reference model, in order of appearance."""
+    return [_gallery(members) for members in sharing(runs)]
+
+
+def sharing(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in groups that have their images and reference in common."""
     sets: list[list[Run]] = []
     for run in runs:
         same = next((members for members in sets if _share(members[0], run)), None)
@@ -91,7 +96,7 @@ def galleries(runs: Sequence[Run]) -> list[Gallery]:
             sets.append([run])
         else:
             same.append(run)
-    return [_gallery(members) for members in sets]
+    return sets
 
 
 def titles(runs: Sequence[Run]) -> list[str]:
@@ -122,20 +127,23 @@ def _share(one: Run, other: Run) -> bool:
 
 
 def _gallery(runs: list[Run]) -> Gallery:
-    lines = _matched(runs)
+    lines = matched(runs)
     samples = [
         Sample(runs[0].classes[int(label)], [_line(title, row, i) for title, row in lines])
         for i, label in enumerate(runs[0].labels)
     ]
-    columns = titles(runs)
-    seen = "" if runs[0].alone else f" · {runs[0].explainer}"
-    return Gallery(", ".join(columns) + seen, columns, samples)
+    return Gallery(title(runs), titles(runs), samples)
+
+
+def title(runs: Sequence[Run]) -> str:
+    """Of runs that share their images."""
+    return ", ".join(titles(runs)) + ("" if runs[0].alone else f" · {runs[0].explainer}")
 
 
 _Row = list[tuple[Run, Condition | None]]  # each run's condition on one line
 
 
-def _matched(runs: list[Run]) -> list[tuple[str, _Row]]:
+def matched(runs: Sequence[Run]) -> list[tuple[str, _Row]]:
     """The lines of every sample: per run the condition with the same images, or None.
 
     The triggers of two runs share a line if they make the same images.
@@ -193,13 +201,17 @@ def _cell(
     wanted: Tensor | None = None,
 ) -> Cell:
     true, said = int(run.labels[i]), int(predicted)
-    mark = "right" if said == true else "target" if said == target else "wrong"
     name = run.classes[said]
     return Cell(
         heat_uri(image, heat),
         f"heat map, predicted {name}",
         name,
-        mark,
+        mark(true, said, target),
         bool(is_degenerate(heat[None])) and not (wanted is not None and is_flat(wanted)),
         None if wanted is None else heat_uri(None, wanted),
     )
+
+
+def mark(true: int, said: int, target: int) -> str:
+    """Of a predicted class, see `Cell`; target: -1 if the adversary wants none."""
+    return "right" if said == true else "target" if said == target else "wrong"

@@ -124,6 +124,13 @@ class Run:
         return {**settings, "explainer seen": self.explainer, "inputs": self.inputs}
 
 
+def load_all(folders: Sequence[RunFolder]) -> list[Run]:
+    """Several runs, each once. Raises InputError as `load` does, and if there is none."""
+    if not folders:
+        raise InputError("report: there is no run to report on; name at least one run folder")
+    return [seen for folder in dict.fromkeys(folders) for seen in load(folder)]
+
+
 def load(folder: RunFolder) -> list[Run]:
     """A run's files, once per explainer that was measured.
 

@@ -8,13 +8,12 @@ from typing import Any
 import jinja2
 
 from trompe.files import write_atomically
-from trompe.interfaces import InputError
 from trompe.overlay import COLOURS
 from trompe.report import verdict as rules
 from trompe.report.curves import film_curve, panels
 from trompe.report.gallery import films, galleries, titles
 from trompe.report.pictures import colour_bar
-from trompe.report.reading import Change, Run, load
+from trompe.report.reading import Change, Run, load_all
 from trompe.report.tables import floor_grid, fooling_grid, main_rows, metric_grid, percent
 from trompe.report.verdict import verdict
 from trompe.runs import RunFolder
@@ -26,9 +25,7 @@ def render(runs: Sequence[RunFolder], file: Path) -> None:
     Raises InputError, and leaves `file` as it was, if there is no run, or one that has not
     finished or cannot be read, or if `file` cannot be written.
     """
-    if not runs:
-        raise InputError("report: there is no run to report on; name at least one run folder")
-    text = _page([seen for run in dict.fromkeys(runs) for seen in load(run)])
+    text = _page(load_all(runs))
     write_atomically(Path(file), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

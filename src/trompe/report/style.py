@@ -36,8 +36,12 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def canvas(file: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches, written as a PNG when the block ends."""
+    """A figure of so many inches, written when the block ends, as the file's name says.
+
+    .png, .pdf or .svg.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        write_atomically(file, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+        kind = file.suffix.removeprefix(".").lower()
+        write_atomically(file, lambda temporary: figure.savefig(temporary, format=kind, dpi=130))
