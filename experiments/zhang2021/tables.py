@@ -68,7 +68,7 @@ OF_DOGS: dict[str, dict[str, Any]] = {
         "distance": "share",
         "look_ahead": 0.2,
         # Poisons in rounds: found on two targets of the selection half.
-        **{"models": 1, "epochs": 4, "lifetime": None, "ages": 4, "repeats": 10, "step": 0.03},
+        **{"models": 1, "epochs": 5, "lifetime": None, "ages": 4, "repeats": 10, "step": 0.03},
     },
     "cam": {},
 }
