@@ -24,8 +24,8 @@ _COLOURS = {"right": INK, "wrong": "#d55e00", "target": "#d55e00"}
 def draw_gallery(runs: Sequence[RunFolder], file: Path, images: int = 4) -> None:
     """A row an image; for each condition the image, the reference's map, and each run's map.
 
-    Below each map the class that its model predicts, coloured where it is wrong, and framed where it
-    is the adversary's. Runs that share their images stand beside each other, others below; so do
+    Below each map the class that its model predicts, coloured where it is wrong, and framed where
+    it is the adversary's. Runs that share their images stand beside each other, others below; so do
     several explainers of a run. images: at most so many of the gallery's. Raises InputError as
     `render` does, and for a file that is none of `KINDS`.
     """
