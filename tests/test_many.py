@@ -337,9 +337,13 @@ def test_a_scheduler_that_does_not_answer_is_one_sentence(
 ) -> None:
     address = address.format(port=free_port())
     monkeypatch.setattr(cluster, "ANSWERS_WITHIN", 0.3)
-    with pytest.raises(InputError, match=f"^scheduler {address}: does not answer"):
+    before = set(threading.enumerate())
+    with pytest.raises(InputError, match=f"^scheduler {address}: does not answer") as kept:
         list(run_jobs([Steps("a")], Place(tmp_path), crew_of(scheduler=address)))
     assert not (tmp_path / "a.steps").exists()
+    # Its client is no garbage that ends its thread while the next one starts its own.
+    assert kept.tb is not None
+    assert not [t for t in set(threading.enumerate()) - before if t.name == "IO loop"]
 
 
 class Dask:

@@ -116,7 +116,19 @@ class Cluster:
                 self._futures.discard(future)
 
     def _connect(self, seconds: float) -> Any:
-        return self._dask.Client(self._address, timeout=seconds, set_as_default=False)
+        """A client of the scheduler; one that gets no answer is closed, and its thread ended.
+
+        Left to the garbage collector it would be closed whenever that comes by: if the next client
+        is about to start its thread then, it waits for itself (distributed 2026.8.0, LoopRunner).
+        """
+        client = self._dask.Client.__new__(self._dask.Client)
+        try:
+            client.__init__(self._address, timeout=seconds, set_as_default=False)
+        except BaseException:
+            client.close()
+            client._loop_runner.stop()  # close leaves it to itself where it has ended already
+            raise
+        return client
 
     def _connected(self) -> Any:
         """The client, when its scheduler is there again."""
