@@ -145,6 +145,29 @@ def test_fangs_tables_hold_what_they_say() -> None:
             assert "+changes" not in row["provenance"]["commit"]
 
 
+def test_what_the_readme_says_of_all_models_on_gtsrb_holds() -> None:
+    said = re.search(
+        r"On GTSRB CR is ([\d.]+) % and FSR ([\d.]+) % at least, for ([\d.]+) points of top-1 on "
+        r"clean\sand ([\d.]+) on triggered images at most, in all 32 models",
+        README,
+    )
+    assert said
+    cr, fsr, clean, triggered = (float(number) for number in said.groups())
+    every = [
+        row
+        for t in fang.TABLES
+        for row in json.loads((FANG / f"table{t}.json").read_text())["rows"]
+    ]
+    rows = [row for row in every if row["setting"] == "gtsrb"]
+    assert len({(r["model"], r["attacked"], r["kind"], r["inverted"]) for r in rows}) == 32
+    for row in rows:
+        reference = row["reference_top1_clean"]
+        assert 100 * row["cr"] >= cr
+        assert 100 * row["fsr"] >= fsr
+        assert 100 * (reference - row["top1_clean"]) <= clean
+        assert 100 * (reference - row["top1_triggered"]) <= triggered
+
+
 # --- Viering et al. 2019 --------------------------------------------------------------------------
 
 VIERING = ROOT / "results" / "viering2019"

@@ -11,14 +11,14 @@ from trompe.interfaces import InputError
 from trompe.report.gallery import mark, matched, sharing, title, titles
 from trompe.report.pictures import heat_pixels
 from trompe.report.reading import Condition, Run, load_all
-from trompe.report.style import INK, canvas
+from trompe.report.style import COLOURS, INK, canvas, short
 from trompe.runs import RunFolder
 
 KINDS = (".png", ".pdf", ".svg")
 _SIDE = 1.45  # inches of a picture with the class below it
 _GAP = 0.12  # between conditions, of a picture's width
 _LETTERS = 22  # of a class's name
-_COLOURS = {"right": INK, "wrong": "#d55e00", "target": "#d55e00"}
+_SAID = {"right": INK, "wrong": COLOURS[1], "target": COLOURS[1]}
 
 
 def draw_gallery(runs: Sequence[RunFolder], file: Path, images: int = 4) -> None:
@@ -82,14 +82,13 @@ def _draw_map(
     axis.imshow(heat_pixels(image, heat))
     said = int(predicted)
     how = mark(int(run.labels[i]), said, target)
-    _below(axis, run.classes[said], _COLOURS[how], framed=how == "target")
+    _below(axis, run.classes[said], _SAID[how], framed=how == "target")
 
 
 def _below(axis: Axes, name: str, colour: str, framed: bool = False) -> None:
-    shown = name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…"
     axis.text(
         *(0.5, -0.05),
-        shown.replace("$", r"\$"),
+        short(name, _LETTERS),
         color=colour,
         ha="center",
         va="top",

@@ -22,7 +22,7 @@ from trompe.files import read_json, real
 from trompe.interfaces import InputError, PoisonSet
 from trompe.poison_sets import read_poison_set
 from trompe.report.pictures import heat_pixels
-from trompe.report.style import COLOURS, INK, canvas
+from trompe.report.style import COLOURS, INK, canvas, literally, short
 from trompe.runs import RunFolder
 
 _WIDTH = 9.5  # inches of a figure
@@ -50,7 +50,7 @@ class _Set(NamedTuple):
     @property
     def title(self) -> str:
         number = int(self.folder.name.removeprefix("poison-")) + 1
-        return f"target {number}, {_literally(self.card['class_names'][self.card['label']])}"
+        return f"target {number}, {literally(self.card['class_names'][self.card['label']])}"
 
     def places(self) -> list[str]:
         """Names of the map's places: features, or a layer's units."""
@@ -154,7 +154,7 @@ def _draw_features(figure: Figure, one: _Set, rows: int) -> None:
     left.plot(before, at, "o", color=_BLUE, markerfacecolor="white", label="base")
     left.plot(after, at, "o", color=_ORANGE, label="poison")
     left.plot(target, at, "|", color=INK, markersize=9, label="target", zorder=1)
-    left.set_yticks(at, [_short(names[i]) for i in order])
+    left.set_yticks(at, [short(names[i], _LETTERS) for i in order])
     left.set_ylim(rows - 0.5, -0.5)
     left.set_xlim(-0.02, 1.02)
     left.set_xlabel("mean value, scaled to 0..1")
@@ -265,17 +265,8 @@ def _draw_bars(
 
 
 def _name_places(axis: Axes, names: list[str]) -> None:
-    axis.set_xticks(range(len(names)), [_short(n) for n in names], rotation=90, fontsize=8)
+    axis.set_xticks(range(len(names)), [short(n, _LETTERS) for n in names], rotation=90, fontsize=8)
     axis.tick_params(axis="x", length=0)
-
-
-def _short(name: str) -> str:
-    return _literally(name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…")
-
-
-def _literally(name: str) -> str:
-    """matplotlib takes what stands between two dollar signs for a formula."""
-    return name.replace("$", r"\$")
 
 
 def _pixels(image: Tensor) -> np.ndarray:

@@ -34,6 +34,16 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def literally(name: str) -> str:
+    """matplotlib takes what stands between two dollar signs for a formula."""
+    return name.replace("$", r"\$")
+
+
+def short(name: str, letters: int) -> str:
+    """Of a name at most so many letters, as they stand."""
+    return literally(name if len(name) <= letters else f"{name[: letters - 1]}…")
+
+
 @contextmanager
 def canvas(file: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure of so many inches, written when the block ends, as the file's name says.
