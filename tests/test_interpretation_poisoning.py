@@ -11,12 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trompe.attacks._bases import choose_bases
-from trompe.attacks.interpretation_poisoning import (
-    InterpretationPoisoning,
-    _as_adam_steps,
-    _mini_batches,
-    _Optimizers,
-)
+from trompe.attacks._surrogates import Optimizers, mini_batches
+from trompe.attacks.interpretation_poisoning import InterpretationPoisoning, _as_adam_steps
 from trompe.explainers.cam import Cam
 from trompe.explainers.input_gradient import InputGradient
 from trompe.interfaces import Diverged, Explainer, InputError, PoisonSet, TableSet, Target
@@ -383,7 +379,7 @@ def test_a_model_that_starts_anew_is_trained_as_one_that_starts(optimizer: Any) 
     start = mlp(3, 5, hidden=6).double()
     how = dataclasses.replace(SGD, optimizer=optimizer)
     stacked, alone = Lockstep([start, start]), copy.deepcopy(start)
-    together, one = _Optimizers(stacked, how), make_optimizer(alone, how)
+    together, one = Optimizers(stacked, how), make_optimizer(alone, how)
     rows, labels = torch.rand(2, 4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
 
     def step() -> None:
@@ -415,7 +411,7 @@ def test_models_of_one_start_do_not_stay_alike(model: nn.Module, rows: TableSet)
 
 def test_each_model_sees_every_sample_once_an_epoch() -> None:
     how = dataclasses.replace(SGD, batch_size=10)
-    parts = list(_mini_batches(25, 4, 3, how, seeded()))
+    parts = list(mini_batches(25, 4, 3, how, seeded()))
     assert [clean.shape for clean, _ in parts] == [(3, 9), (3, 8), (3, 8)]
     seen = torch.cat([clean for clean, _ in parts], 1)
     assert all(sorted(order.tolist()) == list(range(25)) for order in seen)
@@ -428,7 +424,7 @@ def test_preconditioned_looks_where_adam_goes() -> None:
     networks = [mlp(3, 5, hidden=6).double().eval() for _ in range(2)]
     stacked = Lockstep(networks)
     how = dataclasses.replace(SGD, optimizer="adam", learning_rate=0.01, weight_decay=0.0)
-    together = _Optimizers(stacked, how)
+    together = Optimizers(stacked, how)
     given = {name: torch.randn_like(value) for name, value in stacked.now.items()}
     unchanged = _as_adam_steps(given, together)  # Adam knows nothing yet
     for name, value in given.items():

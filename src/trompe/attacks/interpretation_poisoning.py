@@ -12,13 +12,12 @@ explain one chosen sample T as the adversary likes. Models and samples are updat
 | step 1, the ideal update, eqs. (6) and (12)      | `_ideal_update`, `_look_ahead`          |
 | step 2, delta_X, eqs. (7) to (10), (13)          | `_direction`                            |
 | X_p <- X_p + gamma delta_X, eq. (11); projection | `_Poisons.move`, `feasible` in _bases.py|
-| step 3, one honest step, eq. (14)                | `_in_turns`, `_Surrogates`              |
+| step 3, one honest step, eq. (14)                | `_in_turns`, _surrogates.py             |
 | K models, section 4.3                            | lockstep.py                             |
 | Algorithm 1                                      | `__call__`, `_in_turns`                 |
 | eq. (4), without retraining                      | `bilevel = False`                       |
 """
 
-import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trompe.attacks._bases import Bases, Categories, choose_bases, feasible
+from trompe.attacks._surrogates import AT_ONCE, Optimizers, Surrogates, classes_of, gradients_of
 from trompe.interfaces import (
     Diverged,
     EpochRecord,
@@ -43,17 +43,13 @@ from trompe.interfaces import (
     TargetMap,
 )
 from trompe.lockstep import Lockstep, Parameters
-from trompe.machine import autocast
-from trompe.maps import full_precision
 from trompe.second_derivatives import fast_second_derivatives
-from trompe.train import Training, make_optimizer, make_schedule
-from trompe.victims import RECIPE, Encoded, Start, encode, fresh, train_together
+from trompe.train import Training
+from trompe.victims import RECIPE, Start, encode, fresh, train_together
 
 __all__ = ["InterpretationPoisoning"]
 
 Distance = Literal["squared", "share", "cosine"]
-
-_AT_ONCE = 16  # samples through the frozen part
 
 
 @dataclass(frozen=True)
@@ -187,7 +183,7 @@ class InterpretationPoisoning:
             [fresh(model, self.start, generator) for _ in range(count * self.models)],
             frozen_until=self.frozen_until,
         )
-        surrogates = _Surrogates(networks, encode(networks, data), self.recipe, targets)
+        surrogates = Surrogates(networks, encode(networks, data), self.recipe, targets)
         history: list[EpochRecord] = []
         if logbook is not None and (state := logbook.load()) is not None:
             poisons.load_state_dict(state["poisons"])
@@ -241,7 +237,7 @@ class InterpretationPoisoning:
 
     def _in_turns(
         self,
-        surrogates: "_Surrogates",
+        surrogates: Surrogates,
         poisons: "_Poisons",
         gamma: float,
         generator: torch.Generator,
@@ -268,7 +264,7 @@ class InterpretationPoisoning:
 
     def _rehearse(
         self,
-        surrogates: "_Surrogates",
+        surrogates: Surrogates,
         poisons: "_Poisons",
         gamma: float,
         generator: torch.Generator,
@@ -298,21 +294,21 @@ class InterpretationPoisoning:
             yield epoch, steps, terms
         poisons.keep_better(adversarial)
         for number in range(repeats if gamma else 0):
-            for ours in torch.arange(poisons.count).split(_AT_ONCE):
+            for ours in torch.arange(poisons.count).split(AT_ONCE):
                 delta = self._direction(
                     networks, ages, poisons.samples[:, ours], surrogates.targets
                 )  # eq. (13), summed over the ages as well
                 poisons.move(ours, delta, gamma * (1 - number / repeats))
             yield recipe.epochs + number + 1, steps, terms
 
-    def _ideal_update(self, surrogates: "_Surrogates") -> tuple[Tensor, Parameters]:
+    def _ideal_update(self, surrogates: Surrogates) -> tuple[Tensor, Parameters]:
         """L_adv of each network as it is, (targets K,), and where it ought to go, eq. (12)."""
         networks, targets = surrogates.networks, surrogates.targets
         ahead, losses = networks.now, []
         for _ in range(self.look_ahead_steps or 1):
             loss = self._adversarial_loss(networks, ahead, targets)
             losses.append(loss.detach())  # or its graph would be kept
-            gradients = _gradients(ahead, loss)
+            gradients = gradients_of(ahead, loss)
             if self.preconditioned:
                 gradients = _as_adam_steps(gradients, surrogates.optimizer)
             ahead = _look_ahead(ahead, gradients, self.look_ahead)
@@ -327,7 +323,7 @@ class InterpretationPoisoning:
         """
         each = networks.count // len(targets)
         samples = torch.stack([t.sample for t in targets]).repeat_interleave(each, 0)
-        classes = _labels(targets).repeat_interleave(each)
+        classes = classes_of(targets).repeat_interleave(each)
         wanted = torch.cat([t.wanted_map for t in targets]).repeat_interleave(each, 0)
         seen = networks.record(parameters, samples, self.explainer.watches(networks.skeleton))
         maps = self.explainer(seen, classes)  # G_c(T; f; Theta)
@@ -374,7 +370,7 @@ class InterpretationPoisoning:
 
     def _renew(
         self,
-        surrogates: "_Surrogates",
+        surrogates: Surrogates,
         model: nn.Module,
         epoch: int,
         generator: torch.Generator,
@@ -453,102 +449,12 @@ class _Poisons:
             setattr(self, name, value)
 
 
-class _Surrogates:
-    """K models for each target, the clean set that they train on, and how."""
-
-    def __init__(
-        self,
-        networks: Lockstep,
-        data: Samples | Encoded,
-        recipe: Training,
-        targets: Sequence[Target],
-    ) -> None:
-        self.networks, self.data, self.recipe, self.targets = networks, data, recipe, targets
-        self.optimizer = _Optimizers(networks, recipe)
-
-    def schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
-        """Of a training from its beginning."""
-        steps = -(-len(self.data) // self.recipe.batch_size)
-        return make_schedule(self.optimizer.optimizer, self.recipe, steps)
-
-    def mini_batches(
-        self, poisons: int, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        return _mini_batches(len(self.data), poisons, self.networks.count, self.recipe, generator)
-
-    def encoded(self, poisons: Tensor) -> Tensor:
-        """Poisons (targets, p, ...) as the trained part of the networks takes them."""
-        if not poisons.shape[1]:
-            return poisons
-        with torch.no_grad():
-            parts = [self.networks.encode(some) for some in poisons.flatten(0, 1).split(_AT_ONCE)]
-        return torch.cat(parts).unflatten(0, poisons.shape[:2])
-
-    def training_loss(self, clean: Tensor, poisons: Tensor) -> Tensor:
-        """L_train of each network on its mini-batch, clean samples and poisons; (targets K,).
-
-        clean: positions (targets K, b). poisons: encoded, (targets, p, ...).
-        """
-        each = self.networks.count // len(self.targets)
-        samples = self.data.floats(clean.flatten()).unflatten(0, clean.shape)
-        if poisons.shape[1]:
-            samples = torch.cat((samples, poisons.repeat_interleave(each, 0)), 1)
-        classes = _labels(self.targets).repeat_interleave(each)[:, None]
-        labels = torch.cat((self.data.labels[clean], classes.expand(-1, poisons.shape[1])), 1)
-        with autocast(self.recipe.precision, samples.device):
-            scores = full_precision(self.networks.scores(self.networks.now, samples))
-            loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none")
-        return loss.unflatten(0, labels.shape).mean(1)
-
-
-class _Optimizers:
-    """Each network's own optimizer, all stepped as one: a network that starts anew forgets alone.
-
-    How often Adam has stepped counts for how far it steps.
-    """
-
-    def __init__(self, networks: Lockstep, how: Training) -> None:
-        self.networks, self.own = networks, networks.apart()
-        every = nn.ParameterList(itertools.chain.from_iterable(self.own.values()))
-        self.optimizer = make_optimizer(every, how)
-
-    def step(self, losses: Tensor) -> None:
-        """One step of each network along its own loss, (networks,)."""
-        for name, gradients in _gradients(self.networks.now, losses).items():
-            for parameter, gradient in zip(self.own[name], gradients, strict=True):
-                parameter.grad = gradient.contiguous()  # fused Adam takes its memory as it lies
-        self.optimizer.step()
-
-    def forget(self, number: int) -> None:
-        """What is remembered of one network's steps."""
-        for parameters in self.own.values():
-            self.optimizer.state.pop(parameters[number], None)
-
-    def roots(self, name: str) -> Tensor:
-        """Of Adam's running squares of a stacked gradient; 1 where a network has not stepped."""
-        epsilon = self.optimizer.param_groups[0]["eps"]
-        return torch.stack(
-            [
-                self.optimizer.state[p]["exp_avg_sq"].sqrt() + epsilon
-                if p in self.optimizer.state
-                else torch.ones_like(p)
-                for p in self.own[name]
-            ]
-        )
-
-
 def _fast(networks: Lockstep) -> AbstractContextManager[None]:
     """GRAD's own gradient is a second derivative; vmap brings its own."""
     return nullcontext() if networks.vectorised else fast_second_derivatives()
 
 
-def _gradients(parameters: Parameters, loss: Tensor) -> Parameters:
-    """Of each network's loss with respect to its parameters."""
-    found = torch.autograd.grad(loss.sum(), list(parameters.values()), materialize_grads=True)
-    return dict(zip(parameters, found, strict=True))
-
-
-def _as_adam_steps(gradients: Parameters, optimizer: _Optimizers) -> Parameters:
+def _as_adam_steps(gradients: Parameters, optimizer: Optimizers) -> Parameters:
     """Each network's gradient in the direction in which Adam would go, as long as it was."""
     scaled = {name: gradient / optimizer.roots(name) for name, gradient in gradients.items()}
     longer = _lengths(gradients) / _lengths(scaled).clamp_min(1e-12)  # (networks,)
@@ -606,7 +512,7 @@ def _poison_gradient(
     each = networks.count // len(targets)
     fixed = {name: value.detach() for name, value in parameters.items()}
     scores = networks.scores(fixed, features.repeat_interleave(each, 0))
-    labels = _labels(targets).repeat_interleave(each)[:, None].expand(scores.shape[:2])
+    labels = classes_of(targets).repeat_interleave(each)[:, None].expand(scores.shape[:2])
     loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
     (gradient,) = torch.autograd.grad(loss / each, features)
     return gradient
@@ -614,25 +520,4 @@ def _poison_gradient(
 
 def _together(networks: Lockstep, poisons: Tensor) -> int:
     """How many poisons of each target are worth going through the frozen part at once."""
-    return poisons.shape[1] if networks.frozen_until is None else -(-_AT_ONCE // len(poisons))
-
-
-def _mini_batches(
-    clean: int, poisons: int, networks: int, how: Training, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions of an epoch's mini-batches, in the training set and among the poisons.
-
-    (networks, b): each network has an order of its own, or those that start alike would stay
-    alike. (p,): poisons are the same for all.
-    """
-    steps = -(-clean // how.batch_size)
-    orders = torch.stack([torch.randperm(clean, generator=generator) for _ in range(networks)])
-    yield from zip(
-        orders.tensor_split(steps, 1),
-        torch.randperm(poisons, generator=generator).tensor_split(steps),
-        strict=True,
-    )
-
-
-def _labels(targets: Sequence[Target]) -> Tensor:
-    return torch.tensor([target.label for target in targets])
+    return poisons.shape[1] if networks.frozen_until is None else -(-AT_ONCE // len(poisons))
