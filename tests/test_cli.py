@@ -167,6 +167,10 @@ def test_report_and_evaluate_and_explain_take_the_run(attacked: Path) -> None:
     assert done.stdout.endswith("open figure.png\n")
     with Image.open(attacked / "figure.png") as figure:
         assert figure.format == "PNG"
+    done = call("report", run, "--out", "page.html", "--images", 1, folder=attacked)
+    assert done.returncode == 2
+    assert "--images 1 with --out page.html" in done.stderr
+    assert not (attacked / "page.html").exists()
     assert "<table" in (attacked / "report.html").read_text()
     before = json.loads((run / "numbers.json").read_text())
     assert call("evaluate", run, folder=attacked).returncode == 0

@@ -515,15 +515,20 @@ def report(
         Path, typer.Option(help="The page to write; a .png, .pdf or .svg is its gallery alone.")
     ] = Path("report.html"),
     images: Annotated[
-        int, typer.Option(help="At most so many images in a .png, .pdf or .svg.")
-    ] = 4,
+        int | None, typer.Option(help="At most so many in a .png, .pdf or .svg; default: 4.")
+    ] = None,
 ) -> None:
     """One self-contained HTML page about one or several runs, or its gallery as a figure."""
     folders = [RunFolder(path) for path in runs]
     if out.suffix.lower() in KINDS:
-        draw_gallery(folders, out, images)
-    else:
+        draw_gallery(folders, out, 4 if images is None else images)
+    elif images is None:
         render(folders, out)
+    else:
+        raise InputError(
+            f"--images {images} with --out {out}: a page shows all that the runs keep; leave it "
+            "out, or write a .png, .pdf or .svg"
+        )
     print(f"open {out}")
 
 
