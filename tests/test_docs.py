@@ -37,6 +37,15 @@ def located(path: str) -> Path | None:
     return next((base / path for base in (SOURCE, ROOT) if (base / path).exists()), None)
 
 
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_no_sentence_is_there_twice(page: Path) -> None:
+    """A merge once left a page with a whole section doubled."""
+    lines = [line for line in page.read_text().splitlines() if len(line) > 60]
+    assert sorted(lines) == sorted(set(lines))
+
+
 def named_in(file: Path) -> set[str]:
     """Functions, classes, methods, fields and constants of a Python file."""
     found = set()
