@@ -199,7 +199,7 @@ def experiment_of(data: str, interpreter: str, cell: Cell, folder: Path) -> Pois
 
 
 def women_of_nhanes(folder: Path) -> None:
-    """folder/nhanes1.npz -> folder/nhanes1_women.csv: 18 features and who died in the follow-up."""
+    """folder/nhanes1.npz -> folder/nhanes1_women.csv: 17 features and who died in the follow-up."""
     file = folder / "nhanes1_women.csv"
     if file.exists():
         return
