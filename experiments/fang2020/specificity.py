@@ -179,9 +179,10 @@ def markdown(rows: list[Row]) -> str:
         right = [f"{100 * by_name[n]['top1']:.1f}" if n in by_name else "" for n in columns]
         lies.append(f"| {model} | {' | '.join((*lying, opened))} |")
         top1.append(f"| {model} | {' | '.join(right)} |")
-        triggers.append((own[0]["psnr_db"], own[0]["largest_difference_of_255"]))
+        setting = model.partition("-")[0]
+        triggers.append((setting, own[0]["psnr_db"], own[0]["largest_difference_of_255"]))
     visible = "; ".join(
-        f"PSNR {p:.1f} dB, at most {d:g} of 255" for p, d in dict.fromkeys(triggers)
+        f"{of} PSNR {p:.1f} dB, at most {d:g} of 255" for of, p, d in dict.fromkeys(triggers)
     )
     return "\n".join(
         (
