@@ -479,13 +479,13 @@ def test_victim_measures_with_and_without_the_poison(poisoned: Path) -> None:
     done = call(*words, folder=poisoned)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    cells = {c[1].strip(): c for line in lines if (c := line.split("│")) and len(c) > 8}
+    cells = {c[1].strip(): c for line in lines if (c := line.split("│")) and len(c) > 9}
     (file,) = run.glob("victims-*.json")
     numbers = json.loads(file.read_text())
     for name, kind in (("un-attacked", "unattacked"), ("poisoned", "poisoned")):
         assert cells[name][2].strip().startswith(f"{numbers[kind]['l1']:.4f} ±")
-    assert cells["un-attacked"][7].strip() == ""
-    assert cells["poisoned"][7].strip() == f"{numbers['succeeded']:.2f}"
+    assert cells["un-attacked"][8].strip() == ""
+    assert cells["poisoned"][8].strip() == f"{numbers['succeeded']:.2f}"
     assert "mean L1 at most 0.8 of the un-attacked" in " ".join(done.stdout.split())
     spec = numbers["spec"]
     assert (spec["count"], spec["start"], spec["noise"]) == (1, "new head", 0.01)
@@ -499,6 +499,13 @@ def test_victim_measures_with_and_without_the_poison(poisoned: Path) -> None:
     assert "is there already" in again.stderr
     assert again.stdout == done.stdout
     assert file.stat().st_mtime_ns == before
+
+    card = json.loads((run / "victims.json").read_text())
+    (run / "victims.json").write_text(json.dumps({**card, "noise": 0.1, "count": 1}))
+    left_out = call("victim", run, "--set", "victims.noise=", folder=poisoned)
+    assert left_out.returncode == 0, left_out.stderr
+    (other,) = set(run.glob("victims-*.json")) - {file}
+    assert json.loads(other.read_text())["spec"]["noise"] == 0  # as Victims has it
 
 
 def test_a_killed_poisoning_goes_on_and_ends_in_the_same_bits(
@@ -537,7 +544,7 @@ def test_a_killed_poisoning_goes_on_and_ends_in_the_same_bits(
         ("attack.epsilom=1", r"attack\.epsilom: unknown key; did you mean 'epsilon'\?"),
         ("attack={kind='gradcam_surgery'}", r"GradCamSurgery: makes a model, not a training set"),
         ("victims.start=warm", r"victims\.start = 'warm': input should be 'clean model'"),
-        ("targets=5000", r"classifies only \d+ correctly; ask for fewer"),
+        ("targets=5000", r"classifies \d+ correctly; ask for fewer"),
         ("attack.poison_rate=0.95", r"asks for 243 different samples of class 'malignant'"),
     ],
 )

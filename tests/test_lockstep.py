@@ -222,7 +222,7 @@ def test_networks_in_training_run_as_if_in_use() -> None:
 
 def test_what_lock_step_cannot_do_is_refused(siblings: list[nn.Module], shapes: ImageSet) -> None:
     how = Training(epochs=1, batch_size=24, learning_rate=0.05, clip=1.0)
-    with pytest.raises(InputError, match=r"training\.clip = 1: victims have none; leave it out"):
+    with pytest.raises(InputError, match=r"training\.clip = 1: poisoning has none; leave it out"):
         train_together(Lockstep(siblings), (shapes,), how, torch.Generator())
     lockstep = Lockstep(siblings, frozen_until="body")
     how = dataclasses.replace(how, clip=None)
@@ -285,7 +285,7 @@ def test_networks_that_differ_before_the_layer_cannot_share_it(
 
 def test_a_map_of_the_frozen_part_is_refused(siblings: list[nn.Module]) -> None:
     tails = Lockstep(siblings, frozen_until="body.1")
-    with pytest.raises(InputError, match=r"'body\.0': does not lie behind 'body\.1'"):
+    with pytest.raises(InputError, match=r"'body\.0': is no layer of TinyNet behind 'body\.1'"):
         tails.record(tails.now, torch.rand(K, 1, 3, 10, 8, dtype=torch.float64), ["body.0"])
 
 

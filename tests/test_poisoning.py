@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from trompe import catalog
 from trompe.classifier import ModelSpec, build_model
-from trompe.interfaces import ImageSet, InputError
+from trompe.explainers.cam import Cam
+from trompe.interfaces import ImageSet, InputError, Target
 from trompe.measure_victims import (
     SUCCEEDED,
     measure_victims,
@@ -23,6 +24,7 @@ from trompe.measure_victims import (
     victims_of,
 )
 from trompe.poisoning import (
+    Scene,
     Victims,
     clean_model,
     poison,
@@ -35,6 +37,7 @@ from trompe.poisoning import (
 from trompe.report.reading import load
 from trompe.runs import FileLogbook, RunFolder
 from trompe.screen import Silent
+from trompe.target_maps.region import Region
 from trompe.train import Training
 
 SMALL: dict[str, Any] = {
@@ -211,11 +214,19 @@ def test_maps_of_victims_are_means_of_maps_in_0_to_1(folder: RunFolder) -> None:
 
 def test_a_target_succeeded_if_its_mean_l1_fell_far_enough() -> None:
     before = {"values": {"l1": [[0.5, 0.5], [0.4, 0.6], [0.5, 0.5], [0.5, 0.5]]}}
-    after = {"values": {"l1": [[0.4, 0.4], [0.1, 0.1], [0.41, 0.4], [0.9, 0.1]]}}
+    l1 = [[0.4, 0.4], [0.1, 0.1], [0.41, 0.4], [0.9, 0.1]]
+    after = {"values": {"l1": l1, "degenerate": [[0, 0]] * 4}}
     assert SUCCEEDED == 0.8
     assert succeeded(before, after) == 0.5
-    missing = {"values": {"l1": [[None, 0.1]]}}  # nan in a file: no success
-    assert succeeded({"values": {"l1": [[0.5, 0.5]]}}, missing) == 0
+    before = {"values": {"l1": [[0.5, 0.5]]}}
+    missing = {"values": {"l1": [[None, 0.1]], "degenerate": [[0, 0]]}}  # nan in a file
+    assert succeeded(before, missing) == 0
+
+
+def test_an_empty_map_is_no_success_however_near_it_is() -> None:
+    before = {"values": {"l1": [[0.5, 0.5], [0.5, 0.5]]}}
+    after = {"values": {"l1": [[0.2, 0.2], [0.2, 0.2]], "degenerate": [[0, 1], [0, 0]]}}
+    assert succeeded(before, after) == 0.5
 
 
 def test_a_folder_that_is_no_poison_run_is_refused(folder: RunFolder, tmp_path: Path) -> None:
@@ -292,6 +303,91 @@ def test_a_wanted_map_with_open_places_is_refused(tmp_path: Path) -> None:
         set_up(replace(one, attack=attack))
 
 
+def test_a_wanted_map_that_is_the_same_everywhere_is_refused() -> None:
+    attack = {**SMALL["attack"], "wanted_map": {"kind": "flat"}}
+    with pytest.raises(InputError, match=r"\(Flat\): is the same everywhere for 2 of 2 targets"):
+        set_up(small(attack=attack))
+
+
+@pytest.mark.parametrize("kind", ["semi_random", "detected_stickers"])
+def test_a_wanted_map_that_is_made_from_images_is_none_for_tables(kind: str) -> None:
+    attack = {**SMALL["attack"], "wanted_map": {"kind": kind}}
+    with pytest.raises(InputError, match=f"target map {kind}: is made from images"):
+        set_up(small(attack=attack))
+
+
+def test_a_clean_model_that_is_never_right_must_train_for_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trompe.poisoning.pool_of", lambda _, test: torch.arange(0))
+    with pytest.raises(InputError, match=r"classifies 0 correctly; train it for longer"):
+        set_up(small())
+
+
+def test_a_full_disk_while_crafting_keeps_the_clean_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next crafting would otherwise go on with another one, and other targets."""
+    save, full = FileLogbook.save, False
+
+    def saved(self: FileLogbook, state: dict[str, Any]) -> None:
+        nonlocal full
+        if full:
+            raise InputError("file checkpoint.pt: cannot be written (disk full)")
+        save(self, state)
+        full = True
+
+    monkeypatch.setattr(FileLogbook, "save", saved)
+    with pytest.raises(InputError, match="disk full"):
+        poison(small(), tmp_path)
+    (kept,) = tmp_path.glob("small-*/clean.safetensors")
+    assert (kept.parent / "checkpoint.pt").is_file()
+
+
+@pytest.mark.parametrize("numbers", ["{}", "[]", '{"targets": 0}'])
+def test_numbers_that_do_not_say_how_many_targets_are_refused(
+    folder: RunFolder, numbers: str
+) -> None:
+    (folder.path / "numbers.json").write_text(numbers)
+    with pytest.raises(InputError, match="does not say how many targets there are; remove its"):
+        victims_of(folder)
+
+
+def test_a_card_without_its_targets_place_and_another_networks_weights_are_refused(
+    folder: RunFolder,
+) -> None:
+    card = folder.path / "poison-00" / "poison.json"
+    whole = json.loads(card.read_text())
+    card.write_text(json.dumps({**whole, "target_position": "first"}))
+    with pytest.raises(InputError, match=r"poison-00: poison\.json does not say where the target"):
+        victims_of(folder)
+    card.write_text(json.dumps(whole))
+    folder.write_tensors("clean", {"net.head.weight": torch.zeros(3, 3)})
+    with pytest.raises(InputError, match="holds weights of another network than 'mlp'"):
+        victims_of(folder)
+    (folder.path / "inputs.json").write_text("[]")
+    with pytest.raises(InputError, match=r"inputs\.json: does not say what inputs held"):
+        victims_of(folder)
+
+
+def test_another_model_must_show_as_much_as_the_poisons_want(
+    shapes: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ResNet-18 a map has 1 place where ResNet-20's has 36: it fits any by broadcasting."""
+    one = small()
+    attack = replace(one.attack, explainer=Cam(), wanted_map=Region(), bases="target")
+    net = build_model(ModelSpec("resnet20"), len(shapes.class_names)).eval()
+    positions = torch.arange(2)
+    wanted = Region()(torch.zeros(2, 6, 6), shapes.floats(positions))
+    targets = tuple(Target(shapes.floats(p[None]), 0, wanted[p][None]) for p in positions)
+    scene = Scene(shapes, shapes, net, targets, positions)
+    experiment = replace(one, attack=attack, model=ModelSpec("resnet20"))
+    monkeypatch.setattr("trompe.measure_victims.clean_model", None)  # it comes before training
+    victims = Victims(count=1, model=ModelSpec("resnet18"))
+    with pytest.raises(InputError, match=r"'resnet18': its maps have 1x1 places, the wanted ones"):
+        measure_victims(scene, None, victims, experiment)
+
+
 def test_victims_whose_statistics_shall_stay_are_trained(folder: RunFolder) -> None:
     victims = Victims(
         count=2, training=replace(Victims().training, epochs=1, frozen_statistics=True)
@@ -313,12 +409,35 @@ def test_too_few_bases_leave_nothing_behind(tmp_path: Path) -> None:
         ({"victims": {"count": 0}}, r"experiment\.victims: count = 0: must be at least 1"),
         ({"victims": {"noise": -0.1}}, r"victims: noise = -0\.1: is a standard deviation"),
         ({"victims": {"start": "warm"}}, r"victims\.start = 'warm'.*'new head' or 'scratch'"),
+        ({"victims": {"noise": float("nan")}}, r"victims: noise = nan: is a standard deviation"),
         ({"targets": 0}, "targets = 0: must be at least 1"),
+        ({"seed": 2**64}, "seed = 18446744073709551616: is too large; at most"),
+        ({"data": {"kind": "breast_cancer", "split_seed": 10**20}}, "split_seed = 1.*too large"),
+        ({"clean": {"weight_decay": -1}}, "weight_decay = -1.0: must be at least 0, and finite"),
+        ({"clean": {"label_smoothing": 2}}, "label_smoothing = 2.0: must be at least 0, and less"),
+        ({"clean": {"softplus_beta": 0}}, "softplus_beta = 0.0: must be a positive number"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         small(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"clean": {"frozen": ["net.hidden"]}}, r"training\.frozen = \['net\.hidden'\]: poisoning"),
+        ({"clean": {"softplus_beta": 8}}, r"softplus_beta = 8: networks of tables"),
+        ({"clean": {"clip": 1}}, r"training\.clip = 1: poisoning has none"),
+        ({"frozen_until": "net.head"}, "frozen_until 'net.head': behind it nothing could be"),
+        ({"model": {"name": "vit_b_16"}}, "model 'vit_b_16': cannot take rows of 30 numbers"),
+    ],
+)
+def test_what_networks_in_lock_step_do_not_have_is_refused(
+    changes: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        set_up(small(**changes))
 
 
 def test_an_attack_on_a_model_is_named_before_its_other_keys() -> None:

@@ -115,6 +115,7 @@ def build_dataclass(cls: Any, table: dict[str, Any], where: str, start: Any = No
 
 
 _MISSING = inspect.Parameter.empty
+_LARGEST = 2**62  # numbers that torch takes, with some room for seeds made from seeds
 
 
 def _default(cls: Any, name: str) -> Any:
@@ -149,6 +150,8 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         if not isinstance(value, list | tuple):
             raise InputError(f"{where}: is {value!r}; it must be a list of tables")
         return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        raise InputError(f"{where} = {value}: is too large; at most {_LARGEST - 1}, say as a seed")
     try:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:

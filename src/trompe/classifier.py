@@ -127,7 +127,7 @@ def build_table_model(spec: ModelSpec, data: TableSet) -> Classifier:
     with torch.no_grad():
         try:
             net.eval()(data.features[:2].float())
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise InputError(
                 f"model {spec.name!r}: cannot take rows of {data.features.shape[1]} numbers "
                 f"({str(error).splitlines()[0]}); name one for tables, mlp for instance"

@@ -384,11 +384,16 @@ def victim(
 ) -> None:
     """Train victims on poisoned sets and on the clean one; what do their explanations show?"""
     run_ = RunFolder(folder)
-    given: dict[str, Any] = {"count": count, "start": start, "noise": noise}
-    given["model"] = None if model is None else {"name": model}
-    given["training"] = None if epochs is None else {"epochs": epochs}
-    changes = {key: value for key, value in given.items() if value is not None}
-    table = _changed({"victims": changes}, None, settings)
+    own = {k: v for k, v in catalog.describe(read_run(run_).victims).items() if v is not None}
+    others = [text for text in settings or [] if text.startswith("victims.model")]
+    if model is not None or not all(text.endswith("=") for text in others):
+        own.pop("model", None)  # nor its weights
+    table = {"victims": own}
+    given = {"count": count, "start": start, "model.name": model, "noise": noise}
+    for key, value in {**given, "training.epochs": epochs}.items():
+        if value is not None:
+            set_key(table, f"victims.{key}", value)
+    table = _changed(table, None, settings)
     if other := set(table) - {"victims"}:
         raise InputError(
             f"--set {min(other)}: the poisons are made; only settings of victims can change, for "
@@ -396,10 +401,7 @@ def victim(
         )
     if not isinstance(table["victims"], dict):
         raise InputError(f"--set victims={table['victims']}: must read victims.KEY=VALUE")
-    usual = read_run(run_).victims
-    if "model" in table["victims"]:  # not the usual one's weights
-        usual = dataclasses.replace(usual, model=None)
-    victims = catalog.build_dataclass(Victims, table["victims"], "victims", usual)
+    victims = catalog.build_dataclass(Victims, table["victims"], "victims")
     _prepare("cpu", threads)
     with progress_bars() as bars:
         numbers = victims_of(run_, victims, bars)

@@ -56,6 +56,11 @@ class Lockstep(nn.Module):
             {name: torch.stack([_named(network, name) for network in networks]) for name, _ in own}
             for own in (tail.named_parameters(), tail.named_buffers())
         )
+        if not parameters:
+            raise InputError(
+                f"frozen_until {frozen_until!r}: behind it nothing could be trained; name an "
+                "earlier layer"
+            )
         # Parameters' names must have no dots in them.
         self.stacked = nn.ParameterDict(
             {name.replace(".", "/"): value.detach() for name, value in parameters.items()}
@@ -163,8 +168,12 @@ class Lockstep(nn.Module):
             name = f"{name}.{list(dict(inner.named_children()))[-1]}"
         if name not in dict(self._skeleton[1].named_modules()) or cut.startswith(f"{name}."):
             raise InputError(
-                f"layer {layer!r}: does not lie behind {self.frozen_until!r}, up to which networks "
-                "are frozen; name one that does"
+                f"layer {layer!r}: is no layer of {type(self.skeleton).__name__}"
+                + (
+                    ""
+                    if self.frozen_until is None
+                    else f" behind {self.frozen_until!r}, up to which networks are frozen; name one"
+                )
             )
         return name
 

@@ -56,6 +56,12 @@ def peak_one(maps: Tensor) -> Tensor:
     return maps / torch.where(peak > 0, peak, 1)
 
 
+def min_max(maps: Tensor) -> Tensor:
+    """To [0, 1], whatever their scale; constant maps to 0, those with nan to nan."""
+    shown = peak_one(maps - maps.amin((1, 2), keepdim=True))
+    return torch.where(_constant(maps)[:, None, None], 0, shown)
+
+
 def squared_error(maps: Tensor, wanted: Tensor) -> Tensor:
     """Of each image (n,): the mean over its pixels; where `wanted` is nan in places, the sum over
 
@@ -69,7 +75,10 @@ def squared_error(maps: Tensor, wanted: Tensor) -> Tensor:
 
 def is_degenerate(maps: Tensor) -> Tensor:
     """bool (n,): maps that are constant (all zero included) or not finite."""
+    return ~torch.isfinite(maps).flatten(1).all(1) | _constant(maps)
+
+
+def _constant(maps: Tensor) -> Tensor:
     flat = maps.flatten(1)
     spread = flat.amax(1) - flat.amin(1)
-    finite = torch.isfinite(flat).all(1)
-    return ~finite | (spread <= DEGENERATE * flat.abs().amax(1).clamp_min(1e-30))
+    return spread <= DEGENERATE * flat.abs().amax(1).clamp_min(1e-30)

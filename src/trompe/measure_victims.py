@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from trompe import catalog
+from trompe.classifier import ModelSpec
+from trompe.evaluate import answers
 from trompe.files import clear_temporaries, real
-from trompe.interfaces import Evidence, Explainer, PoisonSet
+from trompe.interfaces import Evidence, Explainer, InputError, PoisonSet
 from trompe.lockstep import Lockstep
-from trompe.maps import normalise
+from trompe.maps import min_max
 from trompe.metrics.accuracy import accuracy
 from trompe.metrics.degenerate_map import degenerate_map
 from trompe.metrics.jaccard_half import jaccard_half
@@ -35,6 +37,7 @@ from trompe.poisoning import (
     pool_of,
     read_run,
     set_up_again,
+    untrained,
 )
 from trompe.runs import RunFolder, fingerprint, provenance
 from trompe.screen import Screen, Silent
@@ -47,9 +50,7 @@ METRICS = {
     "class_kept": accuracy,  # the explained class is the target's own
     "degenerate": degenerate_map,
 }
-SUCCEEDED = (
-    0.8  # an attack on a target did, if its mean L1 is at most this share of the un-attacked
-)
+SUCCEEDED = 0.8  # an attack on a target did, if its L1 is at most this share of the un-attacked
 
 
 def victims_of(
@@ -107,12 +108,17 @@ def victims_name(victims: Victims) -> str:
 
 
 def succeeded(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
-    """The share of targets whose victims' mean L1 is at most SUCCEEDED of the un-attacked ones'."""
-    means = [
-        torch.tensor([[real(v) for v in row] for row in numbers["values"]["l1"]]).mean(1)
-        for numbers in (before, after)
-    ]
-    return float((means[1] <= SUCCEEDED * means[0]).double().mean())
+    """The share of targets whose victims' mean L1 is at most SUCCEEDED of the un-attacked ones'.
+
+    An empty map, which is near to many wanted ones, tells no lie: it counts as an L1 of 1.
+    """
+
+    def of_each(numbers: Mapping[str, Any], name: str) -> Tensor:
+        return torch.tensor([[real(v) for v in row] for row in numbers["values"][name]])
+
+    honest, lies = of_each(before, "l1").mean(1), of_each(after, "l1")
+    lies = torch.where(of_each(after, "degenerate") > 0, 1, lies).mean(1)
+    return float((lies <= SUCCEEDED * honest).double().mean())
 
 
 class Measured(NamedTuple):
@@ -141,6 +147,7 @@ def measure_victims(
     screen = screen or Silent()
     start = scene.clean
     if victims.model is not None:
+        check_shows(victims.model, scene, experiment)
         screen.stage(f"training a clean {victims.model.name}")
         start = clean_model(experiment, victims.model, scene.train, screen)
     groups = 1 if sets is None else len(sets)
@@ -178,8 +185,22 @@ def measure_victims(
         ),
         "values": {name: v.tolist() for name, v in values.items()},
     }
-    maps = normalise(evidence.maps, "min-max").unflatten(0, (len(scene.targets), -1)).mean(1)
+    maps = min_max(evidence.maps).unflatten(0, (len(scene.targets), -1)).mean(1)
     return Measured(numbers, maps)
+
+
+def check_shows(spec: ModelSpec, scene: Scene, experiment: PoisoningExperiment) -> None:
+    """InputError for another architecture whose maps cannot be compared with the wanted ones."""
+    model = untrained(spec, scene.train, experiment.seed).eval()
+    sample = scene.test.subset(scene.positions[:1])
+    maps = answers(model, (experiment.attack.explainer,), sample, explained="label").maps[0]
+    wanted = scene.targets[0].wanted_map
+    if maps.shape[1:] != wanted.shape[1:]:
+        ours, theirs = ("x".join(map(str, m.shape[1:])) for m in (maps, wanted))
+        raise InputError(
+            f"victims.model {spec.name!r}: its maps have {ours} places, the wanted ones {theirs}; "
+            "name a model whose explanations are as large"
+        )
 
 
 def _evidence(networks: Lockstep, scene: Scene, explainer: Explainer, victims: int) -> Evidence:

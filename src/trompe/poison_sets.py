@@ -22,6 +22,8 @@ from trompe.files import read_json, write_atomically, write_json
 from trompe.interfaces import ImageSet, InputError, PoisonSet, Samples, TableSet, Target
 from trompe.visibility import visibility
 
+CRAFT_AGAIN = "remove its run's folder, and the same trompe poison command crafts it again"
+
 
 def write_poison_set(
     poison: PoisonSet, folder: Path, data: Samples, position: int, provenance: dict[str, Any]
@@ -73,11 +75,11 @@ def read_poison_set(folder: Path) -> PoisonSet:
         tensors = safetensors.torch.load_file(file)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"poison set {file}: cannot be read ({error}); craft it again") from error
+        raise InputError(f"poison set {file}: cannot be read ({error}); {CRAFT_AGAIN}") from error
     if not isinstance(card, dict) or card.get("sha256") != digest:
         raise InputError(
             f"poison set {file}: its bytes are not those that poison.json was written for (sha256 "
-            "differs); fetch or craft both again"
+            f"differs); fetch both again, or {CRAFT_AGAIN}"
         )
     try:
         target = Target(tensors["target"], int(card["label"]), tensors["wanted_map"])
@@ -90,20 +92,31 @@ def read_poison_set(folder: Path) -> PoisonSet:
         )
         classes = len(card["class_names"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"poison set {folder}: lacks {error}; craft it again") from error
+        raise InputError(f"poison set {folder}: lacks {error}; {CRAFT_AGAIN}") from error
     shapes = (poison.samples.shape, poison.bases.shape, (len(poison), *target.sample.shape[1:]))
     if len(set(map(tuple, shapes))) > 1 or len(poison.base_index) != len(poison):
         raise InputError(
             f"poison set {file}: its samples {tuple(shapes[0])}, bases {tuple(shapes[1])}, "
             f"{len(poison)} labels and target {tuple(target.sample.shape)} do not belong together; "
-            "craft it again"
+            f"{CRAFT_AGAIN}"
         )
     if not 0 <= target.label < classes:
         raise InputError(
-            f"poison set {folder}: label {target.label} is none of its {classes} classes; craft it "
-            "again"
+            f"poison set {folder}: label {target.label} is none of its {classes} classes; "
+            f"{CRAFT_AGAIN}"
         )
     return poison
+
+
+def target_position(folder: Path) -> int:
+    """The target's, in the test set, as a set's card says it. InputError if it says none."""
+    card = read_json(folder / "poison.json")
+    position = card.get("target_position") if isinstance(card, dict) else None
+    if not isinstance(position, int) or position < 0:
+        raise InputError(
+            f"poison set {folder}: poison.json does not say where the target is; {CRAFT_AGAIN}"
+        )
+    return position
 
 
 def _write_png(image: Tensor, file: Path) -> None:

@@ -12,6 +12,7 @@ A run is a folder (see runs.py for those files that all runs have):
 | victims-<hash>.*           | what victims did with them (see measure_victims.py)                 |
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -38,7 +39,8 @@ from trompe.interfaces import (
     Target,
 )
 from trompe.lockstep import Lockstep
-from trompe.poison_sets import read_poison_set, write_poison_set
+from trompe.maps import is_degenerate
+from trompe.poison_sets import CRAFT_AGAIN, read_poison_set, target_position, write_poison_set
 from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
 from trompe.screen import Screen, Silent
 from trompe.train import Training
@@ -74,9 +76,9 @@ class Victims:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise InputError(f"count = {self.count}: must be at least 1")
-        if self.noise < 0:
+        if not 0 <= self.noise < math.inf:
             raise InputError(
-                f"noise = {self.noise}: is a standard deviation; it must be at least 0"
+                f"noise = {self.noise}: is a standard deviation; it must be at least 0, and finite"
             )
 
 
@@ -159,7 +161,8 @@ def set_up(
     if len(right) < experiment.targets:
         raise InputError(
             f"targets = {experiment.targets}: of the {len(pool)} samples for {experiment.pool} the "
-            f"clean model classifies only {len(right)} correctly; ask for fewer"
+            f"clean model classifies {len(right)} correctly; "
+            f"{'ask for fewer' if len(right) else 'train it for longer (clean.epochs)'}"
         )
     dice = torch.Generator().manual_seed(experiment.target_seed)
     positions = right[torch.randperm(len(right), generator=dice)[: experiment.targets]]
@@ -169,6 +172,12 @@ def set_up(
         raise InputError(
             f"attack.wanted_map ({type(experiment.attack.wanted_map).__name__}): leaves open what "
             "parts of the map show, but poisons need to know it everywhere; take another"
+        )
+    if (constant := is_degenerate(wanted)).any():
+        raise InputError(
+            f"attack.wanted_map ({type(experiment.attack.wanted_map).__name__}): is the same "
+            f"everywhere for {int(constant.sum())} of {len(wanted)} targets, but maps are compared "
+            "from their lowest to their highest value; take another"
         )
     targets = tuple(
         Target(samples[i : i + 1], int(test.labels[p]), wanted[i : i + 1])
@@ -188,9 +197,8 @@ def set_up_again(
     folder.check_inputs(catalog.contents(experiment), "the poisons were made")
     train, test = _data(experiment)
     clean = _with(folder.read_tensors("clean"), experiment, train)
-    cards = [read_json(part / "poison.json") for part in _set_folders(folder)]
-    positions = torch.tensor([card["target_position"] for card in cards])
     sets = poison_sets(folder)
+    positions = torch.tensor([target_position(part) for part in _set_folders(folder)])
     targets = tuple(one.target for one in sets)
     samples = torch.cat([target.sample for target in targets])
     same = int(positions.max()) < len(test) and samples.shape[1:] == test.floats(slice(1)).shape[1:]
@@ -218,7 +226,7 @@ def clean_model(
     seed, steps = experiment.seed, Steps(screen or Silent())
     generator = torch.Generator().manual_seed(seed)
     frozen = experiment.frozen_until if spec == experiment.model else None
-    networks = Lockstep([_untrained(spec, train, seed)], frozen_until=frozen)
+    networks = Lockstep([untrained(spec, train, seed)], frozen_until=frozen)
     train_together(networks, (encode(networks, train),), experiment.clean, generator, steps)
     trained: Any = networks.network(0)
     return trained
@@ -228,12 +236,19 @@ def _with(
     weights: dict[str, Tensor], experiment: PoisoningExperiment, train: Samples
 ) -> Classifier:
     """The clean model that was kept; in eval mode."""
-    clean = _untrained(experiment.model, train, experiment.seed)
-    clean.load_state_dict(weights)
+    clean = untrained(experiment.model, train, experiment.seed)
+    try:
+        clean.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(
+            f"clean.safetensors: holds weights of another network than {experiment.model.name!r}; "
+            f"{CRAFT_AGAIN}"
+        ) from error
     return clean.eval()
 
 
-def _untrained(spec: ModelSpec, train: Samples, seed: int) -> Classifier:
+def untrained(spec: ModelSpec, train: Samples, seed: int) -> Classifier:
+    """A classifier as it begins, for data like these."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(train, TableSet):
@@ -286,9 +301,10 @@ def _craft(
     generator = torch.Generator().manual_seed(experiment.seed)
     try:
         sets = experiment.attack(scene.clean, scene.train, scene.targets, generator, logbook)
-    except InputError:  # settings that do not fit the data: nothing was begun
-        (folder.path / "clean.safetensors").unlink()
-        folder.discard_if_empty()
+    except InputError:
+        if not logbook.file.exists():  # settings that do not fit the data: nothing was begun
+            (folder.path / "clean.safetensors").unlink()
+            folder.discard_if_empty()
         raise
     history = sets[0].history
     seconds = max(time.perf_counter() - started, sum(r.seconds for r in history))
@@ -317,7 +333,14 @@ def poison_sets(folder: RunFolder) -> tuple[PoisonSet, ...]:
 
 
 def _set_folders(folder: RunFolder) -> list[Path]:
-    return [folder.path / f"poison-{n:02}" for n in range(folder.read("numbers")["targets"])]
+    numbers = folder.read("numbers")
+    count = numbers.get("targets") if isinstance(numbers, dict) else None
+    if not isinstance(count, int) or count < 1:
+        raise InputError(
+            f"run folder {folder.path}: numbers.json does not say how many targets there are; "
+            f"{CRAFT_AGAIN}"
+        )
+    return [folder.path / f"poison-{n:02}" for n in range(count)]
 
 
 def read_run(folder: RunFolder) -> PoisoningExperiment:

@@ -197,12 +197,13 @@ def print_victims(folder: RunFolder, numbers: dict[str, Any]) -> None:
     size = f"{numbers['poisoned']['victims']} victims for each of {numbers['poisoned']['targets']}"
     table = Table(title=f"{folder.path.name}: {size} targets", caption=caption)
     table.add_column("victims", no_wrap=True)
-    for column in ("L1", "Jaccard top 20 %", "Jaccard > .5", "class kept", "accuracy"):
+    for column in ("L1", "Jaccard top 20 %", "Jaccard > .5", "empty", "class kept", "accuracy"):
         table.add_column(column)
     table.add_column("targets succeeded")
     for name, key in (("un-attacked", "unattacked"), ("poisoned", "poisoned")):
         row = numbers[key]
-        means = [real(row[k]) for k in ("jaccard_top20", "jaccard_half", "class_kept")]
+        keys = ("jaccard_top20", "jaccard_half", "degenerate", "class_kept")
+        means = [real(row.get(key)) for key in keys]  # older runs did not look for empty maps
         table.add_row(
             name,
             f"{real(row['l1']):.4f} ± {real(row['l1_std']):.4f}",

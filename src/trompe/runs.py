@@ -183,6 +183,8 @@ class RunFolder:
         """What inputs.json says; empty if there is none."""
         file = self.path / "inputs.json"
         found: dict[str, str] = read_json(file) if file.is_file() else {}
+        if not isinstance(found, dict):
+            raise InputError(f"file {file}: does not say what inputs held; bring it back")
         return found
 
     def check_inputs(self, there: Inputs, since: str) -> None:
@@ -245,7 +247,8 @@ class RunFolder:
             return safetensors.torch.load_file(self.path / f"{name}.safetensors")
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(
-                f"run folder {self.path}: {name}.safetensors cannot be read ({error})"
+                f"run folder {self.path}: {name}.safetensors cannot be read ({error}); bring it "
+                "back, or make the run again"
             ) from error
 
 

@@ -1,6 +1,7 @@
 """fit(): the only training loop. References, victims and attacks all go through it."""
 
 import copy
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -86,9 +87,15 @@ class Training:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 < self.learning_rate < 100:
             raise InputError(f"learning_rate = {self.learning_rate}: must lie between 0 and 100")
-        for name in ("clip", "adam_epsilon"):
+        for name in ("clip", "adam_epsilon", "softplus_beta"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise InputError(f"{name} = {value}: must be a positive number")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay = {self.weight_decay}: must be at least 0, and finite")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(
+                f"label_smoothing = {self.label_smoothing}: must be at least 0, and less than 1"
+            )
         if self.moving_epochs is not None and (self.frozen_statistics or self.moving_epochs < 1):
             raise InputError(
                 f"moving_epochs = {self.moving_epochs}: must be at least 1, and frozen_statistics "

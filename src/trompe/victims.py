@@ -215,10 +215,21 @@ def train_together(
     """Train networks in place, honestly, each as if alone; see `LockstepBatches` for the rest.
 
     As `Lockstep` runs them: BatchNorm's statistics stay as they are, and dropout is off. Raises
-    InputError for `clip`, which would take all networks' gradients as one.
+    InputError for `clip`, which would take all networks' gradients as one, and for what networks in
+    lock-step do not have.
     """
     if how.clip is not None:
-        raise InputError(f"training.clip = {how.clip:g}: victims have none; leave it out")
+        raise InputError(f"training.clip = {how.clip:g}: poisoning has none; leave it out")
+    if how.frozen:
+        raise InputError(
+            f"training.frozen = {list(how.frozen)}: poisoning has frozen_until, the layer up to "
+            "which all is kept; set that instead"
+        )
+    if how.softplus_beta is not None and networks.vectorised:
+        raise InputError(
+            f"training.softplus_beta = {how.softplus_beta:g}: networks of tables, trained in one "
+            "call, have none; leave it out"
+        )
     if (noise or augmentation is not None) and networks.frozen_until is not None:
         raise InputError(
             f"{f'noise = {noise:g}' if noise else 'augmentation'}: what lies before "

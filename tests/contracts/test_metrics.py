@@ -161,6 +161,29 @@ def maps_by_hand(given: list[float], wanted: list[float]) -> Evidence:
     return Evidence(label, label, wanted_maps, torch.rand(1, 4), maps, (20, 24))
 
 
+@pytest.mark.parametrize("metric", [min_max_l1, jaccard_half])
+@pytest.mark.parametrize("scale", [1e-9, 1e-20, 1e6])
+def test_maps_are_compared_from_0_to_1_however_faint_they_are(metric: Metric, scale: float) -> None:
+    given = [1.0, 3.0, 2.9, 2.2, 1.0, 1.0, 1.5, 2.1, 1.9, 1.0]
+    wanted = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    faint = [scale * value for value in given]
+    plain = metric(maps_by_hand(given, wanted)).item()
+    assert metric(maps_by_hand(faint, wanted)).item() == pytest.approx(plain)
+    empty, constant = ([value] * 10 for value in (0.0, scale))
+    of_empty = metric(maps_by_hand(empty, wanted)).item()
+    assert metric(maps_by_hand(constant, wanted)).item() == of_empty
+
+
+def test_jaccard_top20_takes_the_whole_of_a_wanted_region_that_is_larger() -> None:
+    """Which fifth of it is meant nobody could say."""
+    wanted = [1.0] * 4 + [0.0] * 6
+    assert jaccard_top20(maps_by_hand(wanted, wanted)).item() == 1
+    for first in range(3):  # two of its places and two others are highest
+        given = [0.0] * 8 + [2.0, 1.0]
+        given[first : first + 2] = [4.0, 3.0]
+        assert jaccard_top20(maps_by_hand(given, wanted)).item() == pytest.approx(2 / 6)
+
+
 def test_jaccard_top20_compares_the_two_highest_of_ten_places() -> None:
     given = [0.1, 9.0, 0.2, 0.3, 0.0, 7.0, -8.0, 0.1, 0.0, 6.9]  # the highest: 1 and 5
     wanted = [0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]  # 1 and 6

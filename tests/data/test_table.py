@@ -1,5 +1,6 @@
 """Tables: files and data frames, whole and broken."""
 
+import gzip
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -363,6 +364,8 @@ def test_rows_without_outcome_are_counted() -> None:
         (b"\x89PNG\r\n\x1a\n\x00\xff\xfe", "cannot be read as CSV"),
         ('a,b\n1,2\n1,2,"\n', "cannot be read as CSV"),
         ("a,died\n1,2,3\n4,5,6\n", "more values than its header has names"),
+        ("a,died\n0,2,3\n4,5,6\n", "more values than its header has names"),
+        ("a,died,died\n0,no,no\n1,yes,yes\n", "two columns are called 'died'; rename one"),
         ("a;died\n1;2\n", "'died': .*its one column is 'a;died'; separate columns by commas"),
     ],
 )
@@ -385,6 +388,11 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_broken_archive_is_named(write: Callable[..., str]) -> None:
     with pytest.raises(InputError, match=r"bones\.csv\.gz: cannot be read as CSV"):
         Table(write("a,b\n1,2\n", "bones.csv.gz"), "died").train()
+    half = gzip.compress(b"a,died\n" + b"1,no\n2,yes\n" * 999)
+    damaged = bytearray(half)
+    damaged[20:30] = bytes(10)
+    with pytest.raises(InputError, match=r"bones\.csv\.gz: cannot be read as CSV"):
+        Table(write(bytes(damaged), "bones.csv.gz"), "died").train()
 
 
 def test_a_file_names_itself_in_every_sentence(write: Callable[..., str]) -> None:

@@ -48,6 +48,7 @@ def feasible(
     In [0, 1], which is a table column's range in the training set. categories: a table's columns
     that are no numbers stay as they are if "fixed"; "free": they move as the others do. Images are
     kept in 8 bits: a bound is the last such value within epsilon, or rounding would pass it.
+    Raises InputError if nothing could change.
     """
     lowest, highest = (bases - epsilon).clamp(0, 1), (bases + epsilon).clamp(0, 1)
     if isinstance(data, ImageSet):
@@ -57,4 +58,14 @@ def feasible(
     if isinstance(data, TableSet) and categories == "fixed":
         lowest = torch.where(data.numeric, lowest, bases)
         highest = torch.where(data.numeric, highest, bases)
+    if not (highest > lowest).any():
+        if isinstance(data, ImageSet):
+            raise InputError(
+                f"epsilon = {epsilon:g}: is less than an image file's step, 1 / 255, so that no "
+                "poison could change; raise it"
+            )
+        raise InputError(
+            f"categories = {categories!r}: {data.name!r} has no column of numbers, so that no "
+            'poison could change; set it to "free"'
+        )
     return lowest, highest

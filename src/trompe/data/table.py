@@ -1,8 +1,14 @@
 """Any table: a CSV file with one row a patient, say, and a column for the class."""
 
+import csv
 import functools
+import gzip
+import itertools
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO, cast
 
 import pandas as pd
 
@@ -89,15 +95,28 @@ class Table:
 def _read(settings: Table, file: Path, changed: int, size: int) -> tuple[TableSet, TableSet]:
     """Both sets, read and fitted once as long as settings and file stay as they are."""
     where = f"table {file}"
+    packed = file.suffix == ".gz"
     try:
-        frame = pd.read_csv(file, na_values=list(settings.missing), low_memory=False)
+        with (gzip.open if packed else open)(file, "rt", encoding="utf-8-sig", newline="") as lines:
+            top = list(itertools.islice(csv.reader(cast(TextIO, lines)), 2))
+        frame = pd.read_csv(
+            file,
+            na_values=list(settings.missing),
+            low_memory=False,
+            compression="gzip" if packed else None,
+        )
     except pd.errors.EmptyDataError as error:
         raise InputError(f"{where}: is empty; give a CSV file with a header") from error
-    except (OSError, EOFError, ValueError) as error:  # pandas' own are ValueErrors
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        csv.Error,
+        zlib.error,
+    ) as error:  # pandas' are ValueErrors
         problem = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise InputError(f"{where}: cannot be read as CSV ({problem})") from error
-    if len(frame) and frame.index[0] != 0:  # pandas takes what is too much for the rows' names
-        raise InputError(f"{where}: rows hold more values than its header has names; add them")
+    _check_header(*top, where=where)
     return table_sets(
         frame,
         settings.outcome,
@@ -113,3 +132,12 @@ def _read(settings: Table, file: Path, changed: int, size: int) -> tuple[TableSe
         name=file.name.split(".")[0],
         where=where,
     )
+
+
+def _check_header(header: list[str], first: Sequence[str] = (), *, where: str) -> None:
+    """InputError for names that pandas would make up or take from elsewhere."""
+    if len(first) > len(header):  # it takes what is too much for the rows' names
+        raise InputError(f"{where}: rows hold more values than its header has names; add them")
+    for name in header:
+        if name and header.count(name) > 1:  # it calls the second "age.1"
+            raise InputError(f"{where}: two columns are called {name!r}; rename one")

@@ -1,6 +1,5 @@
 """Maps as sets of places."""
 
-import torch
 from torch import Tensor
 
 
@@ -10,13 +9,17 @@ def jaccard(given: Tensor, wanted: Tensor) -> Tensor:
     return both / (given | wanted).sum((1, 2))
 
 
-def top(maps: Tensor, share: float) -> Tensor:
-    """bool (n, h, w): the largest values of each map, as many as `share` of its places.
+def fifth(maps: Tensor) -> int:
+    """20 % of a map's places."""
+    return max(1, round(0.2 * maps[0].numel()))
+
+
+def top(maps: Tensor, count: Tensor) -> Tensor:
+    """bool (n, h, w): the `count` (n,) largest values of each map.
 
     Fewer, if as many are not above the lowest value: a wanted region may be smaller.
     """
     flat = maps.flatten(1)
-    count = max(1, round(share * flat.shape[1]))
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    largest = mask.scatter(1, flat.topk(count, 1).indices, True)
+    ranks = flat.argsort(stable=True, dim=1, descending=True).argsort(1)
+    largest = ranks < count[:, None]
     return (largest & (flat > flat.amin(1, keepdim=True))).view_as(maps)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from trompe.interfaces import Evidence
-from trompe.maps import normalise
+from trompe.maps import min_max
 from trompe.metrics._binary import jaccard
 
 __all__ = ["jaccard_half"]
@@ -14,6 +14,6 @@ def jaccard_half(evidence: Evidence) -> Tensor:
 
     nan where neither does, or the wanted map is nan.
     """
-    wanted = normalise(evidence.wanted_maps.nan_to_num(), "min-max") > 0.5
-    similarity = jaccard(normalise(evidence.maps, "min-max") > 0.5, wanted)
+    wanted = min_max(evidence.wanted_maps.nan_to_num()) > 0.5
+    similarity = jaccard(min_max(evidence.maps) > 0.5, wanted)
     return similarity.masked_fill(evidence.wanted_maps.isnan().any(2).any(1), float("nan"))

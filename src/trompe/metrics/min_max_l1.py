@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from trompe.interfaces import Evidence
-from trompe.maps import normalise
+from trompe.maps import min_max
 
 __all__ = ["min_max_l1"]
 
@@ -13,6 +13,6 @@ def min_max_l1(evidence: Evidence) -> Tensor:
 
     nan where some of the wanted map may be anything.
     """
-    wanted, given = (normalise(m, "min-max") for m in (evidence.wanted_maps, evidence.maps))
+    wanted, given = (min_max(m) for m in (evidence.wanted_maps, evidence.maps))
     distance: Tensor = (wanted - given).abs().mean((1, 2))
     return distance

@@ -42,7 +42,7 @@ class DetectedStickers:
         return {} if self.picture == "smiley" else {"picture": sha256_of(Path(self.picture))}
 
     def __call__(self, reference_maps: Tensor, images: Tensor | None = None) -> Tensor:
-        if images is None:
+        if images is None or images.ndim != 4:
             raise InputError("target map detected_stickers: is made from images; give them")
         found = self.detector().to(images)(images, tuple(reference_maps.shape[1:]))[:, 0]
         shown = peak_one(found).to(reference_maps)

@@ -18,7 +18,7 @@ class SemiRandom:
     seed: int = 0
 
     def __call__(self, reference_maps: Tensor, images: Tensor | None = None) -> Tensor:
-        if images is None:
+        if images is None or images.ndim != 4:
             raise InputError("target map semi_random: is made from images; give them")
         filters = RandomFilters(self.seed).to(images)
         seen = filters(images, tuple(reference_maps.shape[1:]))[:, 0]
