@@ -194,8 +194,14 @@ def set_up_again(
     InputError if the data are no longer the same.
     """
     (screen or Silent()).stage("reading data")
-    folder.check_inputs(catalog.contents(experiment), "the poisons were made")
-    train, test = _data(experiment)
+    try:
+        folder.check_inputs(catalog.contents(experiment), "the poisons were made")
+        train, test = _data(experiment)
+    except InputError as error:
+        raise InputError(
+            f"run folder {folder.path}: {error}; a file that its spec names is looked for from the "
+            "folder in which the poisons were crafted"
+        ) from error
     clean = _with(folder.read_tensors("clean"), experiment, train)
     sets = poison_sets(folder)
     positions = torch.tensor([target_position(part) for part in _set_folders(folder)])

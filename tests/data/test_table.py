@@ -187,6 +187,12 @@ def test_text_that_holds_numbers_only_is_a_number() -> None:
     assert train.numeric.all()
 
 
+def test_numbers_of_hundreds_of_digits_are_texts() -> None:
+    one, other = (int(digit * 400) for digit in "89")
+    train, _ = sets(patients(sex=[one, other] * (ROWS // 2)))
+    assert f"sex={other}" in train.feature_names
+
+
 def test_a_named_category_may_have_many_values() -> None:
     ward = np.resize([f"ward {i}" for i in range(40)], ROWS)
     train, _ = sets(patients(ward=ward), columns=("ward",), categories=("ward",))

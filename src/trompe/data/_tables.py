@@ -237,7 +237,10 @@ def _numbers(column: pd.Series) -> pd.Series | None:
         return None
     if not is_numeric_dtype(column.dtype):
         # A text that reads as no number becomes nan, as a missing one does.
-        parsed = pd.to_numeric(column.astype(object), errors="coerce")
+        try:
+            parsed = pd.to_numeric(column.astype(object), errors="coerce")
+        except OverflowError:  # hundreds of digits: a name, not a number
+            return None
         if (parsed.isna() & column.notna()).any():
             return None
         column = parsed
@@ -316,9 +319,9 @@ def _texts(column: pd.Series) -> tuple[pd.Series, tuple[str, ...]]:
     return texts, tuple(dict.fromkeys(_text(value) for value in different))
 
 
-def _order(value: Any) -> tuple[bool, float, str]:
+def _order(value: Any) -> tuple[bool, Any, str]:
     is_word = not isinstance(value, int | float | np.number)
-    return is_word, 0.0 if is_word else float(value), str(value)
+    return is_word, 0 if is_word else value, str(value)
 
 
 def _text(value: Any) -> str:
