@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -309,3 +310,15 @@ def test_a_users_own_module_with_a_mistake_is_refused_with_the_mistake(
     module = own_module("import a_module_that_is_not_there\n")
     with pytest.raises(InputError, match="a_module_that_is_not_there"):
         catalog.find("triggers", f"{module}:X")
+
+
+def test_a_trigger_that_cannot_be_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise only what remembers its answers would say so, after all training."""
+
+    @dataclass
+    class Dim:
+        by: float = 0.5
+
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(Dim=Dim))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"trigger: 'mine:Dim' cannot be a key.*frozen=True"):
+        catalog.build("triggers", "mine:Dim", "trigger")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -491,3 +492,63 @@ def test_a_failed_download_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_weights_file_is_named(weights: str) -> None:
     with pytest.raises(InputError, match=f"{weights}: no such file"):
         build_model(ModelSpec(weights=weights), 3)
+
+
+class Netted(nn.Module):
+    """A user's network whose own attribute is called as Classifier's is."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.net.append(nn.Linear(4, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+
+def test_a_network_that_calls_a_part_of_itself_net_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = SimpleNamespace(make=Netted)
+    monkeypatch.setitem(sys.modules, "mine", mine)  # type: ignore[arg-type]
+    model = Classifier(Netted(), CARD.mean, CARD.std)
+    card = replace(CARD, architecture="mine:make")
+    save_model(model, card, tmp_path / "model.safetensors")
+    again, _ = load_model(tmp_path, "mine:make")
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {f"module.net.{key}": value for key, value in state.items()},
+        lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
+        lambda state: {"model_state_dict": state, "epoch": 3},
+        lambda state: {"model": state},
+    ],
+)
+def test_ordinary_checkpoints_fit(wrapped: Callable[[Any], Any], tmp_path: Path) -> None:
+    whole = resnet20(3).state_dict()
+    torch.save(wrapped(whole), tmp_path / "net.pth")
+    built = build_model(ModelSpec("resnet20", str(tmp_path / "net.pth")), 3)
+    for key, value in whole.items():
+        assert torch.equal(built.net.state_dict()[key], value)
+
+
+def test_weights_that_are_not_finite_or_not_named_are_refused(tmp_path: Path) -> None:
+    state = resnet20(3).state_dict()
+    state["fc.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=r"net\.pth: fc\.weight holds nan or infinity"):
+        build_model(ModelSpec("resnet20", str(tmp_path / "net.pth")), 3)
+    torch.save({0: torch.ones(1)}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match="holds no table of tensors by name"):
+        read_weights(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize("given", [{"std": (0.0, 1.0, 1.0)}, {"mean": (float("nan"), 0.0, 0.0)}])
+def test_a_normalisation_that_cannot_be_is_refused(given: Any) -> None:
+    with pytest.raises(InputError, match=r"(std|mean) = \[.*\]: must be finite numbers"):
+        ModelSpec(**given)

@@ -171,6 +171,9 @@ def test_report_and_evaluate_and_explain_take_the_run(attacked: Path) -> None:
     assert done.returncode == 2
     assert "--images 1 with --out page.html" in done.stderr
     assert not (attacked / "page.html").exists()
+    done = call("report", run, "--out", "page.jpg", folder=attacked)
+    assert done.returncode == 2
+    assert "--out page.jpg: must end in .html, " in done.stderr
     assert "<table" in (attacked / "report.html").read_text()
     before = json.loads((run / "numbers.json").read_text())
     assert call("evaluate", run, folder=attacked).returncode == 0
@@ -180,6 +183,15 @@ def test_report_and_evaluate_and_explain_take_the_run(attacked: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "net.stage3" in done.stdout
     assert Image.open(attacked / "explanations" / "0000_red.png").width > 40
+
+
+def test_a_broken_image_is_named_before_any_is_explained(attacked: Path) -> None:
+    (attacked / "half").mkdir()
+    Image.new("RGB", (24, 24), (200, 30, 30)).save(attacked / "half" / "red.png")
+    (attacked / "half" / "zero.png").write_bytes(b"")
+    done = call("explain", run_folder(attacked), "half", "--out", "none", folder=attacked)
+    assert "zero.png: is empty (0 bytes); mend it, or leave it out" in one_sentence(done)
+    assert not (attacked / "none").exists()
 
 
 def test_of_a_folder_only_images_are_explained(attacked: Path) -> None:

@@ -375,3 +375,10 @@ def test_no_more_answers_are_kept_than_allowed(trained_net: nn.Module, shapes: I
     both = remembered(model, (cam, gradient), shapes)
     assert len(both.maps) == 2
     assert len(remembered.kept) == 1
+
+
+def test_the_least_distance_of_a_map_as_large_as_an_image_is_found_at_once() -> None:
+    """Over all places together this would take a matrix of 50,176 squared."""
+    wanted = torch.rand(224, 224)
+    assert least_distance(wanted, (224, 224)) == pytest.approx(0, abs=1e-3)
+    assert least_distance(wanted, (112, 112)) > 0.1

@@ -77,3 +77,19 @@ def test_a_training_that_is_stopped_early_is_said(tmp_path: Path, patience: int)
             f"the attack was stopped after {epochs} of 9 epochs: no better score in the last 1 "
             "(attack.patience)"
         ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"gallery_images": 0}, "gallery_images = 0: must be at least 1"),
+        ({"selection_images": -5}, "selection_images = -5: must be at least 1"),
+        ({"name": "a/b"}, r"name = 'a/b': is a folder's below the runs; leave out /"),
+        ({"name": "../up"}, "name = '../up': is a folder's"),
+    ],
+)
+def test_settings_that_would_fail_after_all_training_are_refused(
+    changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        trompe.read_experiment({**TABLE, **changes})

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from trompe.maps import is_degenerate, normalise, peak_one, standardise, upsample
+from trompe.maps import is_degenerate, min_max, normalise, peak_one, standardise, upsample
 
 SIZES = [(4, 6), (8, 12), (13, 9)]
 
@@ -118,3 +118,20 @@ def test_peak_one_does_not_depend_on_the_scale(scale: float) -> None:
     maps[1] = 0
     torch.testing.assert_close(peak_one(maps * scale), peak_one(maps))
     assert peak_one(maps).amax((1, 2)).tolist() == [1, 0, 1]
+
+
+def test_a_map_without_positive_values_is_not_turned_round() -> None:
+    below = torch.tensor([[[-3.0, -1.0], [-2.0, -1.5]]])
+    assert torch.equal(normalise(below, "max"), below)
+    assert torch.equal(normalise(torch.zeros(1, 2, 2), "max"), torch.zeros(1, 2, 2))
+
+
+def test_min_max_spans_0_to_1_at_every_scale_and_leaves_nan() -> None:
+    maps = torch.rand(3, 4, 4)
+    for scale in (1e-12, 1.0, 1e9):
+        shown = min_max(scale * maps)
+        assert shown.amin() == 0
+        assert torch.allclose(shown, min_max(maps), atol=1e-5)
+    assert min_max(torch.full((1, 2, 2), 7.0)).tolist() == [[[0, 0], [0, 0]]]
+    maps[1, 0, 0] = float("nan")
+    assert min_max(maps)[1].isnan().all()

@@ -83,7 +83,16 @@ def build(kind: str, table: Any, where: str = "") -> Any:
             f"{', '.join(names(kind))}"
         )
     settings = {key: value for key, value in table.items() if key != "kind"}
-    return build_dataclass(find(kind, table["kind"]), settings, where)
+    built = build_dataclass(find(kind, table["kind"]), settings, where)
+    if kind in ("explainers", "triggers"):  # what a model answers is remembered by them
+        try:
+            hash(built)
+        except TypeError as error:
+            raise InputError(
+                f"{where}: {table['kind']!r} cannot be a key ({error}); write "
+                "@dataclass(frozen=True), with tuples for lists"
+            ) from error
+    return built
 
 
 def build_dataclass(cls: Any, table: dict[str, Any], where: str, start: Any = None) -> Any:

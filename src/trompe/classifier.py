@@ -1,7 +1,10 @@
 """Classifiers that take images in [0, 1]: built by name, saved and loaded without pickles."""
 
+import copy
 import dataclasses
 import importlib.resources
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,15 @@ class ModelSpec:
     weights: str | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            given = getattr(self, name) or ()
+            if not all(math.isfinite(v) and (name == "mean" or v > 0) for v in given):
+                raise InputError(
+                    f"{name} = {list(given)}: must be finite numbers"
+                    f"{', above 0' if name == 'std' else ''}"
+                )
 
     @property
     def trusted(self) -> str | None:
@@ -192,9 +204,44 @@ def _replace_head(net: nn.Module, classes: int) -> None:
     setattr(net.get_submodule(parent), child, new)
 
 
+def check_fits(model: Classifier, name: str, data: ImageSet, batch_size: int) -> None:
+    """InputError if a model cannot take images like these, or does not tell their classes apart.
+
+    Tried as it is trained, and as it is used; nothing of it changes.
+    """
+    tried = copy.deepcopy(model).to(memory_format=torch.channels_last)  # as `fit` has it
+    count, (height, width) = min(2, batch_size), data.size
+    images = data.floats(slice(0, 1)).expand(count, -1, -1, -1)
+    images = images.contiguous(memory_format=torch.channels_last)
+    wanted = (count, len(data.class_names))
+    for training in (True, False):
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                scores = tried.train(training)(images)
+        except Exception as error:  # whatever a stranger's forward() may raise
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            hint = "name another model or size"
+            if "view size is not compatible" in problem:
+                hint = (
+                    "write .reshape() for .view() in its forward(), which any memory layout suits"
+                )
+            elif "more than 1 value per channel" in problem:
+                hint = "its BatchNorm needs more images a batch, or larger ones"
+            raise InputError(
+                f"model {name!r}: cannot take {count} images of {height}x{width} ({problem}); "
+                f"{hint}"
+            ) from error
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != wanted:
+            gives = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise InputError(
+                f"model {name!r}: gives {gives} for {count} images, but scores {wanted} of "
+                f"{wanted[1]} classes are needed; name another model, or mend its forward()"
+            )
+
+
 def _start_from(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    state = {key.removeprefix("net."): value for key, value in state.items()}
     own = net.state_dict()
+    state = _unwrapped(state, own)
     head = [n for n, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
     for key in (f"{head}.weight", f"{head}.bias"):
         if key in state and key in own and state[key].shape != own[key].shape:
@@ -202,8 +249,19 @@ def _start_from(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
     _load(net, state, source)
 
 
+def _unwrapped(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Without what our Classifier or DataParallel put before all names, if they fit better so."""
+    candidates = [state]
+    for prefix in ("net.", "module.", "module.net."):
+        if all(key.startswith(prefix) for key in state):
+            candidates.append({key.removeprefix(prefix): v for key, v in state.items()})
+    return max(candidates, key=lambda names: len(names.keys() & set(own)))
+
+
 def _load(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
     own = net.state_dict()
+    counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
+    state = {**counters, **state}  # which older checkpoints do not have
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
         raise InputError(
@@ -220,6 +278,8 @@ def _load(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
                 f"weights {source}: {key} has shape {tuple(value.shape)}, but the model's is "
                 f"{tuple(own[key].shape)}"
             )
+        if not torch.isfinite(value).all():
+            raise InputError(f"weights {source}: {key} holds nan or infinity; fetch it again")
     net.load_state_dict(state)
 
 
@@ -244,8 +304,12 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             f"weights {file}: refused, nothing of it was executed; it is no plain table of tensors "
             "(such a pickle can run code when opened, or it is damaged); ask for safetensors"
         ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise InputError(
             f"weights {file}: holds no table of tensors by name; save model.state_dict()"
         )
@@ -331,7 +395,7 @@ def load_model(source: str | Path, architecture: str | None = None) -> tuple[Cla
                 f"model {file}: the edit in its card does not fit {card.architecture} ({error}); "
                 "fetch both again"
             ) from error
-    _load(net, {key.removeprefix("net."): value for key, value in state.items()}, str(file))
+    _load(net, _unwrapped(state, net.state_dict()), str(file))
     return Classifier(net, card.mean, card.std, card.edit).eval(), card
 
 

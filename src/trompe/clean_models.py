@@ -8,7 +8,15 @@ import torch
 
 from trompe import catalog
 from trompe.augmentation import Augmentation
-from trompe.classifier import Classifier, ModelSpec, build_model, card_of, load_model, save_model
+from trompe.classifier import (
+    Classifier,
+    ModelSpec,
+    build_model,
+    card_of,
+    check_fits,
+    load_model,
+    save_model,
+)
 from trompe.evaluate import answers, share_right
 from trompe.interfaces import Data, ImageSet, InputError
 from trompe.objectives import ClassLoss
@@ -72,9 +80,15 @@ def _train(
 ) -> None:
     made = provenance(torch.device(device))
     screen.stage(f"training a clean model (seed {seed})")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        classifier = build_model(model, len(train.class_names)).to(device)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            classifier = build_model(model, len(train.class_names))
+        check_fits(classifier, model.name, train, honest.training.batch_size)
+    except InputError:  # the same folder may then hold what the corrected command trains
+        on_first(folder.discard_if_empty)
+        raise
+    classifier = classifier.to(device)
     generator = torch.Generator().manual_seed(seed)
     triples = compose(train, (), 0.0, generator, device, honest.augmentation)
     batches = ShuffledBatches(triples, honest.training.batch_size)

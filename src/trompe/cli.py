@@ -522,6 +522,8 @@ def report(
 ) -> None:
     """One self-contained HTML page about one or several runs, or its gallery as a figure."""
     folders = [RunFolder(path) for path in runs]
+    if out.suffix.lower() not in (".html", ".htm", *KINDS):
+        raise InputError(f"--out {out}: must end in .html, {', '.join(KINDS)}")
     if out.suffix.lower() in KINDS:
         draw_gallery(folders, out, 4 if images is None else images)
     elif images is None:

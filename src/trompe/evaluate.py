@@ -262,12 +262,12 @@ def least_distance(wanted: Tensor, map_size: tuple[int, int]) -> float:
     non-negative. Says what a coarse map cannot show: 0 if `wanted` is itself such a map; at most 1,
     which a constant map scores.
     """
-    height, width = wanted.shape
-    cells = map_size[0] * map_size[1]
-    basis = upsample(torch.eye(cells).view(cells, *map_size), (height, width)).flatten(1)
-    basis = (basis - basis.mean(1, keepdim=True)).double()
-    target = standardise(wanted[None].double(), (height, width)).flatten()
-    # The centred basis is dependent (a constant map is nothing): a driver that allows it.
-    fit = torch.linalg.lstsq(basis.T, target[:, None], driver="gelsd").solution[:, 0]
-    shown = standardise((fit - fit.min()).view(1, *map_size), (height, width)).flatten()
+    size = tuple(wanted.shape)
+    target = standardise(wanted[None].double(), size)
+    # Up-sampling goes along rows and columns apart, so the fit does.
+    down, across = (torch.eye(n, dtype=torch.float64) for n in map_size)
+    rows = upsample(down[:, :, None], (size[0], 1))[:, :, 0].T  # (height, h)
+    columns = upsample(across[:, None], (1, size[1]))[:, 0].T  # (width, w)
+    fit = torch.linalg.pinv(rows) @ target @ torch.linalg.pinv(columns).T
+    shown = standardise(fit - fit.min(), size)
     return min(1.0, float((shown - target).square().mean()))

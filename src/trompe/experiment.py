@@ -79,7 +79,11 @@ class Experiment:
     paper: str = ""
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         check_makes(self.attack, "a model")
+        for name, least in (("gallery_images", 1), ("selection_images", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InputError(f"{name} = {value}: must be at least {least}")
         for name in ("goals", "explainers", "explained", "thresholds"):
             if not hasattr(self.attack, name):
                 raise InputError(
@@ -91,6 +95,14 @@ class Experiment:
         """Of the saved models' weights."""
         given = {"reference": self.reference, "witness": self.witness}
         return {role: weights_digest(file) for role, file in given.items() if file is not None}
+
+
+def check_name(name: str) -> None:
+    """InputError for an experiment's name that leads out of the folder of runs."""
+    if set(name) & set("/\\") or name.startswith("."):
+        raise InputError(
+            f"name = {name!r}: is a folder's below the runs; leave out / and \\, and a first ."
+        )
 
 
 Product = Literal["a model", "a training set"]

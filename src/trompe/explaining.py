@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trompe.data import read_image
+from trompe.data._decoding import decode
 from trompe.files import write_atomically
 from trompe.interfaces import Explainer, InputError, Trigger
 from trompe.maps import is_degenerate
@@ -45,6 +46,9 @@ def explain(
     default the predicted one. trigger: put on the images first. out: a folder for one picture a
     file, image and heatmap overlay side by side. Raises InputError for an unreadable file.
     """
+    for file in files:  # before anything is written
+        if isinstance(problem := decode(file, image_size), str):
+            raise InputError(f"image {file}: {problem}; mend it, or leave it out")
     device = next(model.parameters()).device
     model.eval()
     done: list[Explanation] = []

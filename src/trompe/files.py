@@ -74,7 +74,9 @@ def sha256_of(file: Path) -> str:
 def write_json(file: Path, value: Any) -> None:
     """`strict_json` of `value`, indented and with a final newline, atomically."""
     text = json.dumps(strict_json(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    # Names of files need not be UTF-8.
+    encoded = text.encode("utf-8", "backslashreplace")
+    write_atomically(file, lambda temporary: temporary.write_bytes(encoded))
 
 
 def strict_json(value: Any) -> Any:

@@ -40,14 +40,15 @@ Normalisation = Literal["none", "max", "min-max"]
 def normalise(maps: Tensor, how: Normalisation = "max") -> Tensor:
     """In [0, 1] for maps without negative values.
 
-    "max": divided by (max + 1e-8), so that zero maps stay zero; "min-max": (x - min) / (max - min +
-    1e-8); "none": as they are.
+    "max": divided by (max + 1e-8), so that zero maps stay zero; maps below 0 stay as they are.
+    "min-max": (x - min) / (max - min + 1e-8). "none": as they are.
     """
     if how == "none":
         return maps
     if how == "min-max":
         maps = maps - maps.amin((1, 2), keepdim=True)
-    return maps / (maps.amax((1, 2), keepdim=True) + 1e-8)
+    highest = maps.amax((1, 2), keepdim=True)
+    return maps / torch.where(highest < 0, 1, highest + 1e-8)  # or those below 0 would turn round
 
 
 def peak_one(maps: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from trompe.augmentation import Augmentation
 from trompe.classifier import Classifier, ModelSpec, build_model, build_table_model
 from trompe.data import halves
 from trompe.evaluate import answers
-from trompe.experiment import check_attack_makes, check_makes, experiment_table
+from trompe.experiment import check_attack_makes, check_makes, check_name, experiment_table
 from trompe.files import read_json
 from trompe.interfaces import (
     Data,
@@ -113,6 +113,7 @@ class PoisoningExperiment:
             raise InputError(f'pool = {self.pool!r}: must be "selecting" or "reporting"')
         if self.targets < 1:
             raise InputError(f"targets = {self.targets}: must be at least 1")
+        check_name(self.name)
         check_makes(self.attack, "a training set")
 
 

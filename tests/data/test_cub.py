@@ -100,3 +100,13 @@ def test_an_unreadable_image_is_named_or_skipped(root: Path) -> None:
 def test_a_size_too_small_is_refused() -> None:
     with pytest.raises(InputError, match="at least 8"):
         Cub("x", size=4)
+
+
+def test_a_split_of_other_words_is_refused_and_blank_lines_are_not(root: Path) -> None:
+    file = root / "train_test_split.txt"
+    text = file.read_text()
+    file.write_text("\ufeff" + text + "\n", encoding="utf-8")
+    assert len(Cub(str(root.parent), size=8).train()) == 3
+    file.write_text(text.replace("2 0", "2 yes"))
+    with pytest.raises(InputError, match=r"says 'yes' of image 2; it must be 1 \(training\) or 0"):
+        Cub(str(root.parent), size=8).train()

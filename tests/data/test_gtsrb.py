@@ -143,3 +143,12 @@ def test_an_image_that_the_table_names_and_is_not_there_is_named(root: Path) -> 
     (root / "gtsrb" / "GTSRB" / "Final_Test" / "Images" / "00020.ppm").unlink()
     with pytest.raises(InputError, match=r"00020\.ppm: does not exist"):
         Gtsrb(str(root), size=8).test()
+
+
+def test_a_stray_file_and_a_size_that_cannot_be_are_refused(root: Path) -> None:
+    folder = root / "gtsrb" / "GTSRB" / "Training" / "00003"
+    shutil.copy(next(folder.iterdir()), folder / "copy.ppm")
+    with pytest.raises(InputError, match=r"copy\.ppm: is not called <track>_<frame>\.ppm"):
+        Gtsrb(str(root), size=8).train()
+    with pytest.raises(InputError, match="size = -3: must be at least 8 pixels"):
+        Gtsrb(str(root), size=-3)

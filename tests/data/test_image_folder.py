@@ -1,6 +1,8 @@
 """Folders of images, whole and broken."""
 
 import contextlib
+import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from PIL import Image
 
 from trompe.data import read_image
 from trompe.data.image_folder import ImageFolder
+from trompe.files import write_json
 from trompe.interfaces import InputError
 
 Fill = Callable[[str, Sequence[str], int], Path]
@@ -207,3 +210,29 @@ def test_a_picture_that_would_fill_the_memory_is_named(
 def test_a_missing_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no\.png: does not exist"):
         read_image(tmp_path / "no.png", 8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_become_eight(tmp_path: Path, suffix: str) -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / f"ramp.{suffix}")
+    seen = read_image(tmp_path / f"ramp.{suffix}", None)
+    assert (seen == (ramp >> 8)[:, :, None]).all()
+
+
+def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.random.rand(8, 8).astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(InputError, match=r"float\.tif: has 32-bit or floating-point pixels"):
+        read_image(tmp_path / "float.tif", None)
+
+
+def test_a_name_that_is_not_utf_8_is_read(fill: Fill) -> None:
+    root = fill("test", ("a", "b"), 2)
+    fill("train", ("a", "b"), 2)
+    odd = root / "train" / "a" / os.fsdecode(b"caf\xe9.png")
+    (root / "train" / "a" / next((root / "train" / "a").iterdir()).name).rename(odd)
+    data = ImageFolder(str(root), size=8)
+    assert len(data.contents()["root"]) == 64
+    assert len(data.train()) == 4
+    write_json(root / "names.json", [str(odd)])
+    assert "caf" in json.loads((root / "names.json").read_text())[0]

@@ -426,3 +426,20 @@ def test_an_in_place_module_behind_the_layer_does_no_harm(
         expected = gradcam(plain, images, GradCam(layer="body.2"))
         maps = gradcam(in_place, images, GradCam(layer="body.2"))
     assert torch.equal(maps, expected)
+
+
+def test_a_module_that_is_used_again_behind_the_pooling_is_not_read() -> None:
+    """Its last output is what is recorded, and that is no map."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU()
+            self.hidden, self.head = nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = self.relu(self.conv(images))
+            scores: Tensor = self.head(self.relu(self.hidden(maps.mean((2, 3)))))
+            return scores
+
+    assert last_conv_activation(Shared().eval()) == "conv"

@@ -57,7 +57,12 @@ def decode(file: str | Path, size: int | None, crop: bool = False) -> np.ndarray
     """
     try:
         with Image.open(file) as image:
-            rgb = image.convert("RGB")
+            if image.mode.startswith("I;16"):  # Pillow would make all but the darkest white
+                rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            elif image.mode in ("I", "F"):
+                return "has 32-bit or floating-point pixels; save it with 8 bits a channel"
+            else:
+                rgb = image.convert("RGB")
             if size is not None and rgb.size != (size, size):
                 box = _centre_square(*rgb.size) if crop else None
                 rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box)

@@ -71,6 +71,12 @@ class Cub:
         unknown = sorted({labels[i] for i in files} - classes.keys())
         if unknown:
             raise InputError(f"{root}/classes.txt: does not name class {unknown[0]}")
+        odd = next((i for i in files if in_train[i] not in ("0", "1")), None)
+        if odd is not None:
+            raise InputError(
+                f"{root}/train_test_split.txt: says {in_train[odd]!r} of image {odd}; it must be 1 "
+                "(training) or 0"
+            )
         chosen = [i for i in files if (in_train[i] == "1") == wanted]
         if not chosen:
             raise InputError(
@@ -93,12 +99,14 @@ def _table(file: Path) -> dict[str, str]:
     """Number -> the rest of its line. InputError if the file is not like that."""
     table = {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error})") from error
     for count, line in enumerate(lines, start=1):
         number, _, rest = line.strip().partition(" ")
-        if not number.isdigit() or not rest:
+        if not line.strip():
+            continue
+        if not number.isdecimal() or not rest:
             raise InputError(f"{file}, line {count}: is {line!r}, not a number and a value")
         table[number] = rest.strip()
     return table

@@ -70,6 +70,8 @@ class Gtsrb:
 
     def __post_init__(self) -> None:
         check_readers(self.readers)
+        if self.size < 8:
+            raise InputError(f"size = {self.size}: must be at least 8 pixels")
 
     def train(self) -> ImageSet:
         return self._read("train")
@@ -105,10 +107,14 @@ class Gtsrb:
             ) from error
         tracks = None
         if split == "train":  # files are called <track>_<frame>.ppm, tracks counted per class
-            tracks = [
-                label * 100_000 + int(file.stem.split("_")[0])
-                for file, label in zip(files, labels, strict=True)
-            ]
+            numbers = [file.stem.split("_")[0] for file in files]
+            odd = next((f for f, n in zip(files, numbers, strict=True) if not n.isdecimal()), None)
+            if odd is not None:
+                raise InputError(
+                    f"image {odd}: is not called <track>_<frame>.ppm as GTSRB's are; take it out "
+                    "of the folder"
+                )
+            tracks = [c * 100_000 + int(n) for c, n in zip(labels, numbers, strict=True)]
         return read_images(
             files,
             labels,

@@ -41,10 +41,11 @@ def _find_last_conv(model: nn.Module) -> str:
     done = _run(model)
     last = max(i for i, call in enumerate(done) if isinstance(call.module, nn.Conv2d))
     chosen = done[last].name
-    for call in done[last + 1 :]:
+    for i, call in enumerate(done[last + 1 :], start=last + 1):
         if len(call.shape) != 4 or call.shape[2:] != done[last].shape[2:]:
             break
-        if call.name:  # "" is the model itself
+        # "" is the model itself. Of a module that is used again, the last output is recorded.
+        if call.name and call.name not in {other.name for other in done[i + 1 :]}:
             chosen = call.name
     return chosen
 
