@@ -262,7 +262,7 @@ def least_distance(wanted: Tensor, map_size: tuple[int, int]) -> float:
     non-negative. Says what a coarse map cannot show: 0 if `wanted` is itself such a map; at most 1,
     which a constant map scores.
     """
-    size = tuple(wanted.shape)
+    size = (wanted.shape[0], wanted.shape[1])
     target = standardise(wanted[None].double(), size)
     # Up-sampling goes along rows and columns apart, so the fit does.
     down, across = (torch.eye(n, dtype=torch.float64) for n in map_size)
