@@ -213,7 +213,8 @@ def test_a_full_disk_costs_nothing_but_the_time_until_there_is_room(
     assert "checkpoint.pt: cannot be written" in error
     assert "epoch 2" not in told
     (left,) = tmp_path.glob("small-s0-*")
-    assert {file.name for file in left.iterdir()} == {"spec.json", "checkpoint.pt"}
+    kept = {"spec.json", "clean.safetensors", "checkpoint.pt"}
+    assert {file.name for file in left.iterdir()} == kept
     folder, heard = craft(tmp_path)
     assert folder.path == left
     assert heard.epochs == [2, 3]
