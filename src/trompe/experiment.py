@@ -81,9 +81,9 @@ class Experiment:
     def __post_init__(self) -> None:
         check_name(self.name)
         check_makes(self.attack, "a model")
-        for name, least in (("gallery_images", 1), ("selection_images", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise InputError(f"{name} = {value}: must be at least {least}")
+        for name in ("gallery_images", "selection_images"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
         for name in ("goals", "explainers", "explained", "thresholds"):
             if not hasattr(self.attack, name):
                 raise InputError(
