@@ -185,6 +185,31 @@ def test_report_and_evaluate_and_explain_take_the_run(attacked: Path) -> None:
     assert Image.open(attacked / "explanations" / "0000_red.png").width > 40
 
 
+@pytest.mark.parametrize(
+    ("words", "file", "content", "told"),
+    [
+        (("attack", "tiny.toml"), "numbers.json", "{}", "numbers.json: does not hold what it"),
+        (("report", "RUN"), "numbers.json", "null", "numbers.json: does not hold what it"),
+        (("report", "RUN"), "numbers.json", '{"conditions": []}', "at reference_accuracy: field"),
+        (("report", "RUN"), "history.json", "[1]", "history.json: does not hold what it"),
+        (("report", "RUN"), "history.json", '[{"epoch": null}]', "at 0.epoch: input should be"),
+        (("report", "RUN"), "classes.json", '["stop"]', "does not hold what a report needs"),
+        (("report", "RUN"), "spec.json", "[]", "spec.json: does not hold what it should"),
+        (("evaluate", "RUN"), "spec.json", "[]", "spec.json: does not hold what it should"),
+        (("evaluate", "RUN"), "provenance.json", "3", "provenance.json: does not hold what it"),
+    ],
+)
+def test_a_damaged_run_is_one_sentence(
+    attacked: Path, tmp_path: Path, words: tuple[str, ...], file: str, content: str, told: str
+) -> None:
+    shutil.copytree(attacked / "runs", tmp_path / "runs")
+    (tmp_path / "tiny.toml").write_text(TINY)
+    run = run_folder(tmp_path)
+    (run / file).write_text(content)
+    done = call(*(run if word == "RUN" else word for word in words), folder=tmp_path)
+    assert told in one_sentence(done)
+
+
 def test_a_broken_image_is_named_before_any_is_explained(attacked: Path) -> None:
     (attacked / "half").mkdir()
     Image.new("RGB", (24, 24), (200, 30, 30)).save(attacked / "half" / "red.png")
@@ -483,6 +508,26 @@ def test_poison_leaves_sets_and_pictures(poisoned: Path) -> None:
     for name in ("convergence.png", "poison-00/changes.png", "poison-01/changes.png"):
         assert Image.open(run / name).width > 1000
     assert json.loads((run / "victims.json").read_text())["count"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "content", "told"),
+    [
+        (("poison", "small.toml"), "numbers.json", '{"poisons": 26}', "at targets: field required"),
+        (("poison", "small.toml"), "history.json", "3", "history.json: does not hold what it"),
+        (("victim", "RUN"), "poison-01/poison.json", "{}", "poison.json: does not hold what it"),
+        (("report", "RUN"), "numbers.json", "3", "numbers.json: does not hold what it"),
+    ],
+)
+def test_a_damaged_poison_run_is_one_sentence(
+    poisoned: Path, tmp_path: Path, words: tuple[str, ...], file: str, content: str, told: str
+) -> None:
+    shutil.copytree(poisoned / "runs", tmp_path / "runs")
+    (tmp_path / "small.toml").write_text(POISON)
+    run = poison_folder(tmp_path)
+    (run / file).write_text(content)
+    done = call(*(run if word == "RUN" else word for word in words), folder=tmp_path)
+    assert told in one_sentence(done)
 
 
 def test_victim_measures_with_and_without_the_poison(poisoned: Path) -> None:

@@ -138,6 +138,12 @@ def another_target(folder: Path) -> None:
     rewritten(folder, lambda tensors: tensors.update(target=tensors["target"][:, 1:]))
 
 
+def fewer_names(folder: Path) -> None:
+    card = json.loads((folder / "poison.json").read_text())
+    names = card["feature_names"][1:]
+    (folder / "poison.json").write_text(json.dumps({**card, "feature_names": names}))
+
+
 def unknown_label(folder: Path) -> None:
     card = json.loads((folder / "poison.json").read_text())
     (folder / "poison.json").write_text(json.dumps({**card, "label": 7}))
@@ -151,12 +157,13 @@ def unknown_label(folder: Path) -> None:
         (lambda folder: (folder / "poison.safetensors").unlink(), "cannot be read"),
         (lambda folder: (folder / "poison.json").unlink(), r"poison\.json: does not exist"),
         (lambda folder: (folder / "poison.json").write_text("{"), "cannot be read as JSON"),
-        (lambda folder: (folder / "poison.json").write_text("[1]"), "its bytes are not those"),
-        (no_label, "lacks 'label'; .*crafts it again"),
-        (word_for_label, "'one'.*crafts it again"),
+        (lambda folder: (folder / "poison.json").write_text("[1]"), "json: does not hold what it"),
+        (no_label, r"\(at label: field required\); .*crafts it again"),
+        (word_for_label, "at label: input should be a valid integer.*crafts it again"),
         (no_bases, "lacks 'bases'; .*crafts it again"),
         (fewer_bases, "do not belong together; .*crafts it again"),
         (another_target, "do not belong together; .*crafts it again"),
+        (fewer_names, "6 columns have 5 names"),
         (unknown_label, "label 7 is none of its 2 classes"),
     ],
 )

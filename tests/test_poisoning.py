@@ -344,12 +344,12 @@ def test_a_full_disk_while_crafting_keeps_the_clean_model(
     assert (kept.parent / "checkpoint.pt").is_file()
 
 
-@pytest.mark.parametrize("numbers", ["{}", "[]", '{"targets": 0}'])
+@pytest.mark.parametrize("change", [{"targets": None}, {"targets": 0}, {"targets": "two"}])
 def test_numbers_that_do_not_say_how_many_targets_are_refused(
-    folder: RunFolder, numbers: str
+    folder: RunFolder, change: dict[str, Any]
 ) -> None:
-    (folder.path / "numbers.json").write_text(numbers)
-    with pytest.raises(InputError, match="does not say how many targets there are; remove its"):
+    folder.write("numbers", {**folder.read("numbers"), **change})
+    with pytest.raises(InputError, match=r"at targets: input should be .*: remove its run"):
         victims_of(folder)
 
 
@@ -359,14 +359,14 @@ def test_a_card_without_its_targets_place_and_another_networks_weights_are_refus
     card = folder.path / "poison-00" / "poison.json"
     whole = json.loads(card.read_text())
     card.write_text(json.dumps({**whole, "target_position": "first"}))
-    with pytest.raises(InputError, match=r"poison-00: poison\.json does not say where the target"):
+    with pytest.raises(InputError, match=r"poison-00/poison\.json: .*at target_position: "):
         victims_of(folder)
     card.write_text(json.dumps(whole))
     folder.write_tensors("clean", {"net.head.weight": torch.zeros(3, 3)})
     with pytest.raises(InputError, match="holds weights of another network than 'mlp'"):
         victims_of(folder)
     (folder.path / "inputs.json").write_text("[]")
-    with pytest.raises(InputError, match=r"inputs\.json: does not say what inputs held"):
+    with pytest.raises(InputError, match=r"inputs\.json: .*a valid dictionary.*bring it back"):
         victims_of(folder)
 
 

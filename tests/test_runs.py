@@ -11,6 +11,7 @@ import torch
 
 from trompe import runs
 from trompe.interfaces import EpochRecord, InputError
+from trompe.run_shapes import Epoch
 from trompe.runs import FileLogbook, Held, RunFolder, fingerprint, provenance
 
 SPEC: dict[str, Any] = {"name": "x", "attack": {"kind": "a", "weight": 0.9, "goals": [None, 1]}}
@@ -70,7 +71,7 @@ def test_opening_keeps_the_spec(folder: RunFolder) -> None:
 def test_the_same_run_can_be_opened_again(folder: RunFolder) -> None:
     folder.write("history", [])
     RunFolder(folder.path).open(json.loads(json.dumps(SPEC)))
-    assert folder.read("history") == []
+    assert folder.read("history", list[Epoch]) == []
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(folder: RunFolder) -> None:
@@ -193,7 +194,7 @@ def test_epochs_come_back_and_what_is_to_be_looked_at_is_kept_beside_them(
     assert folder.read_history() == (plain,)
     assert not (folder.path / "timeline.safetensors").exists()
     folder.write_history([plain._replace(measured={"score": math.nan})])
-    assert folder.read("history")[0]["measured"] == {"score": None}
+    assert folder.read("history", list[Epoch])[0]["measured"] == {"score": None}
     assert math.isnan(folder.read_history()[0].measured["score"])
     maps = torch.rand(2, 3, 3)
     folder.write_history([plain, plain._replace(epoch=2, shown={"maps": maps})])
@@ -207,6 +208,19 @@ def test_missing_or_damaged_tensors_are_told(folder: RunFolder, content: bytes |
         (folder.path / "evidence.safetensors").write_bytes(content)
     with pytest.raises(InputError, match=r"evidence\.safetensors cannot be read"):
         folder.read_tensors("evidence")
+
+
+def test_what_files_lack_is_told(folder: RunFolder) -> None:
+    folder.write_tensors("evidence", {"clean.maps": torch.zeros(2)})
+    assert folder.read_tensors("evidence").keys() == {"clean.maps"}
+    with pytest.raises(InputError, match=r"evidence\.safetensors: lacks 'clean\.scores'"):
+        folder.read_tensors("evidence")["clean.scores"]
+    logbook = FileLogbook(folder.path / "checkpoint.pt")
+    logbook.save({"history": []})
+    loaded = logbook.load()
+    assert loaded == {"history": []}
+    with pytest.raises(InputError, match=r"checkpoint\.pt: lacks 'model'.*; remove it to start"):
+        loaded["model"]
 
 
 # --- the logbook ----------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from trompe.many import Place
 from trompe.measure import gallery, measure
 from trompe.ranks import is_first, on_first
 from trompe.recording import INPUT
+from trompe.run_shapes import Provenance
 from trompe.runs import (
     FileLogbook,
     Inputs,
@@ -497,7 +498,7 @@ def _write_numbers(
     numbers = {
         **measured.numbers,
         "epochs": len(attacked.history),
-        "seconds": folder.read("provenance")["seconds"],
+        "seconds": folder.read("provenance", Provenance).get("seconds"),
         "training_set_images": len(scene.train),
         "reporting_images": len(scene.reporting),
         "skipped_images": list(scene.train.skipped + scene.test.skipped),

@@ -39,6 +39,7 @@ from trompe.poisoning import (
     set_up_again,
     untrained,
 )
+from trompe.run_shapes import VictimNumbers
 from trompe.runs import RunFolder, fingerprint, provenance
 from trompe.screen import Screen, Silent
 from trompe.victims import encode, fresh, train_together, with_poison
@@ -73,7 +74,7 @@ def victims_of(
                 clear_temporaries(folder.path, of=name)
                 return _measure(folder, name, experiment, victims, screen)
     screen.note(f"{file} is there already")
-    found: dict[str, Any] = folder.read(name)
+    found: dict[str, Any] = folder.read(name, VictimNumbers)
     return found
 
 

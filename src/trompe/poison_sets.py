@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trompe.files import read_json, write_atomically, write_json
 from trompe.interfaces import ImageSet, InputError, PoisonSet, Samples, TableSet, Target
+from trompe.run_shapes import PoisonCard, PoisonNumbers, check_shape
 from trompe.visibility import visibility
 
 CRAFT_AGAIN = "remove its run's folder, and the same trompe poison command crafts it again"
@@ -69,20 +70,20 @@ def changes(poison: PoisonSet) -> dict[str, float]:
 
 def read_poison_set(folder: Path) -> PoisonSet:
     """A set that `write_poison_set` left. InputError if a part is missing, damaged or odd."""
-    card = read_json(folder / "poison.json")
+    card = read_card(folder)
     file = folder / "poison.safetensors"
     try:
         tensors = safetensors.torch.load_file(file)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"poison set {file}: cannot be read ({error}); {CRAFT_AGAIN}") from error
-    if not isinstance(card, dict) or card.get("sha256") != digest:
+    if card["sha256"] != digest:
         raise InputError(
             f"poison set {file}: its bytes are not those that poison.json was written for (sha256 "
             f"differs); fetch both again, or {CRAFT_AGAIN}"
         )
     try:
-        target = Target(tensors["target"], int(card["label"]), tensors["wanted_map"])
+        target = Target(tensors["target"], card["label"], tensors["wanted_map"])
         poison = PoisonSet(
             tensors["samples"],
             tensors["labels"],
@@ -90,8 +91,7 @@ def read_poison_set(folder: Path) -> PoisonSet:
             tensors["base_index"],
             target,
         )
-        classes = len(card["class_names"])
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
         raise InputError(f"poison set {folder}: lacks {error}; {CRAFT_AGAIN}") from error
     shapes = (poison.samples.shape, poison.bases.shape, (len(poison), *target.sample.shape[1:]))
     if len(set(map(tuple, shapes))) > 1 or len(poison.base_index) != len(poison):
@@ -100,7 +100,14 @@ def read_poison_set(folder: Path) -> PoisonSet:
             f"{len(poison)} labels and target {tuple(target.sample.shape)} do not belong together; "
             f"{CRAFT_AGAIN}"
         )
-    if not 0 <= target.label < classes:
+    names = card["feature_names"] or ()
+    if poison.samples.ndim == 2 and len(names) != poison.samples.shape[1]:
+        raise InputError(
+            f"poison set {folder}: its {poison.samples.shape[1]} columns have {len(names)} names; "
+            f"{CRAFT_AGAIN}"
+        )
+    classes = len(card["class_names"])
+    if target.label >= classes:
         raise InputError(
             f"poison set {folder}: label {target.label} is none of its {classes} classes; "
             f"{CRAFT_AGAIN}"
@@ -108,15 +115,18 @@ def read_poison_set(folder: Path) -> PoisonSet:
     return poison
 
 
-def target_position(folder: Path) -> int:
-    """The target's, in the test set, as a set's card says it. InputError if it says none."""
-    card = read_json(folder / "poison.json")
-    position = card.get("target_position") if isinstance(card, dict) else None
-    if not isinstance(position, int) or position < 0:
-        raise InputError(
-            f"poison set {folder}: poison.json does not say where the target is; {CRAFT_AGAIN}"
-        )
-    return position
+def read_card(folder: Path) -> PoisonCard:
+    """What a set's poison.json says. InputError if it is missing or does not say all."""
+    file = folder / "poison.json"
+    card: PoisonCard = check_shape(read_json(file), PoisonCard, f"poison set {file}", CRAFT_AGAIN)
+    return card
+
+
+def set_folders(run: Path) -> list[Path]:
+    """The folders of a finished run's sets, one for each target."""
+    file = run / "numbers.json"
+    numbers = check_shape(read_json(file), PoisonNumbers, f"file {file}", CRAFT_AGAIN)
+    return [run / f"poison-{number:02}" for number in range(numbers["targets"])]
 
 
 def _write_png(image: Tensor, file: Path) -> None:

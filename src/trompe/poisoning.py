@@ -40,7 +40,13 @@ from trompe.interfaces import (
 )
 from trompe.lockstep import Lockstep
 from trompe.maps import is_degenerate
-from trompe.poison_sets import CRAFT_AGAIN, read_poison_set, target_position, write_poison_set
+from trompe.poison_sets import (
+    CRAFT_AGAIN,
+    read_card,
+    read_poison_set,
+    set_folders,
+    write_poison_set,
+)
 from trompe.runs import FileLogbook, RunFolder, fingerprint, provenance
 from trompe.screen import Screen, Silent
 from trompe.train import Training
@@ -205,7 +211,7 @@ def set_up_again(
         ) from error
     clean = _with(folder.read_tensors("clean"), experiment, train)
     sets = poison_sets(folder)
-    positions = torch.tensor([target_position(part) for part in _set_folders(folder)])
+    positions = torch.tensor([read_card(f)["target_position"] for f in set_folders(folder.path)])
     targets = tuple(one.target for one in sets)
     samples = torch.cat([target.sample for target in targets])
     same = int(positions.max()) < len(test) and samples.shape[1:] == test.floats(slice(1)).shape[1:]
@@ -336,18 +342,7 @@ def _craft(
 
 def poison_sets(folder: RunFolder) -> tuple[PoisonSet, ...]:
     """The sets that `poison` left in a folder, one for each target."""
-    return tuple(read_poison_set(part) for part in _set_folders(folder))
-
-
-def _set_folders(folder: RunFolder) -> list[Path]:
-    numbers = folder.read("numbers")
-    count = numbers.get("targets") if isinstance(numbers, dict) else None
-    if not isinstance(count, int) or count < 1:
-        raise InputError(
-            f"run folder {folder.path}: numbers.json does not say how many targets there are; "
-            f"{CRAFT_AGAIN}"
-        )
-    return [folder.path / f"poison-{n:02}" for n in range(count)]
+    return tuple(read_poison_set(part) for part in set_folders(folder.path))
 
 
 def read_run(folder: RunFolder) -> PoisoningExperiment:

@@ -7,11 +7,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from trompe.files import read_json, real
+from trompe.files import real
 from trompe.interfaces import InputError
+from trompe.poison_sets import read_card, set_folders
 from trompe.replicating import Cell, Paper, Plan, Results, misses, paper_names, read_paper, to_run
 from trompe.replicating import choose as choose_cells
 from trompe.run_list import HEADLINES, Run, differences, headline
+from trompe.run_shapes import AttackNumbers, PoisonNumbers
 from trompe.runs import RunFolder
 from trompe.visibility import Visibility
 
@@ -71,8 +73,9 @@ def print_table(paper: Paper, name: str, results: Results) -> None:
 
 def print_numbers(folder: RunFolder) -> None:
     """Table 1's columns, with the floors beside each map distance."""
-    numbers = folder.read("numbers")
-    table = Table(title=f"{folder.path.name}: reference {numbers['reference_accuracy']:.4f}")
+    numbers = folder.read("numbers", AttackNumbers)
+    reference = real(numbers["reference_accuracy"])
+    table = Table(title=f"{folder.path.name}: reference {reference:.4f}")
     for column in ("images", "accuracy", "ASR", "map MSE", "floors: map MSE of"):
         table.add_column(column)
     for row in numbers["conditions"]:
@@ -173,15 +176,15 @@ def print_search(found: dict[str, Any]) -> None:
 
 def print_poisons(folder: RunFolder) -> None:
     """How much was changed, for each target."""
-    numbers = folder.read("numbers")
+    numbers = folder.read("numbers", PoisonNumbers)
     share = f"{numbers['poisons']} poisons for {numbers['training_set']} training samples"
     table = Table(title=f"{folder.path.name}: {share}")
     for column in ("target", "class", "poisons", "max change", "mean change", "PSNR, dB"):
         table.add_column(column)
-    for number in range(numbers["targets"]):
-        card = read_json(folder.path / f"poison-{number:02}" / "poison.json")
+    for number, one in enumerate(set_folders(folder.path), 1):
+        card = read_card(one)
         table.add_row(
-            str(number + 1),
+            str(number),
             escape(card["class_names"][card["label"]]),
             str(card["poisons"]),
             f"{card['max_change']:.3f}",

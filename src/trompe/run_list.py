@@ -23,6 +23,7 @@ from trompe.files import read_json, real, write_json
 from trompe.interfaces import InputError
 from trompe.measure_victims import victims_name
 from trompe.poisoning import PoisoningExperiment, Victims
+from trompe.run_shapes import Provenance
 from trompe.runs import Held, RunFolder, fingerprint
 
 Kind = Literal["attack", "poison", "clean model", ""]
@@ -109,7 +110,7 @@ def _read(path: Path) -> Run:
         kind = _kind_of(spec)
         inputs = folder.inputs
         if (path / "provenance.json").is_file():
-            started = folder.read("provenance")["started"]
+            started = folder.read("provenance", Provenance).get("started", started)
         epoch = _last_epoch(path / "checkpoint.pt"), _epochs(spec)
         if folder.finished:
             numbers = _numbers_of(kind, folder)

@@ -54,6 +54,7 @@ from trompe.files import (
 )
 from trompe.interfaces import EpochRecord, InputError, TrompeError
 from trompe.ranks import count, on_first
+from trompe.run_shapes import Epoch, check_shape
 from trompe.screen import Screen, Silent
 
 Inputs = Mapping[str, str]  # a setting that names a file -> a hash of what lies there
@@ -182,9 +183,7 @@ class RunFolder:
     def inputs(self) -> dict[str, str]:
         """What inputs.json says; empty if there is none."""
         file = self.path / "inputs.json"
-        found: dict[str, str] = read_json(file) if file.is_file() else {}
-        if not isinstance(found, dict):
-            raise InputError(f"file {file}: does not say what inputs held; bring it back")
+        found: dict[str, str] = self.read("inputs", dict[str, str]) if file.is_file() else {}
         return found
 
     def check_inputs(self, there: Inputs, since: str) -> None:
@@ -207,13 +206,16 @@ class RunFolder:
         """`value` as name.json."""
         write_json(self.path / f"{name}.json", value)
 
-    def read(self, name: str) -> Any:
+    def read(self, name: str, shape: Any = dict[str, Any]) -> Any:
+        """What name.json holds. InputError if it is missing or not of that shape (run_shapes)."""
         if not (self.path / f"{name}.json").is_file():
             raise InputError(
                 f"run folder {self.path}: has no {name}.json; it is no run, or one that has not "
                 "finished (the same command goes on with it)"
             )
-        return read_json(self.path / f"{name}.json")
+        file = self.path / f"{name}.json"
+        mend = "bring it back, or make the run again"
+        return check_shape(read_json(file), shape, f"file {file}", mend)
 
     def write_history(self, history: Sequence[EpochRecord]) -> None:
         """Epochs as history.json, and what is to be looked at as timeline.safetensors."""
@@ -232,7 +234,7 @@ class RunFolder:
                 {name: real(value) for name, value in record["measured"].items()},
                 record["seconds"],
             )
-            for record in self.read("history")
+            for record in self.read("history", list[Epoch])
         )
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -243,13 +245,25 @@ class RunFolder:
         )
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
+        mend = "bring it back, or make the run again"
         try:
-            return safetensors.torch.load_file(self.path / f"{name}.safetensors")
+            found = safetensors.torch.load_file(self.path / f"{name}.safetensors")
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(
-                f"run folder {self.path}: {name}.safetensors cannot be read ({error}); bring it "
-                "back, or make the run again"
+                f"run folder {self.path}: {name}.safetensors cannot be read ({error}); {mend}"
             ) from error
+        return _Held(found, f"run folder {self.path}: {name}.safetensors", mend)
+
+
+class _Held(dict[str, Any]):
+    """What a file holds. InputError for what it ought to hold and does not."""
+
+    def __init__(self, held: Mapping[str, Any], file: str, mend: str) -> None:
+        super().__init__(held)
+        self.file, self.mend = file, mend
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(f"{self.file}: lacks {key!r}, it is damaged or too old; {self.mend}")
 
 
 @contextlib.contextmanager
@@ -272,15 +286,16 @@ class FileLogbook:
     def load(self) -> dict[str, Any] | None:
         if not self.file.exists():
             return None
+        mend = "remove it to start this training again"
         try:
-            state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
             torch.set_num_threads(state.pop("threads"))
         except Exception as error:  # a damaged pickle can end in any of Python's errors
             raise InputError(
                 f"checkpoint {self.file}: is damaged or none of trompe's ({type(error).__name__}); "
-                "remove it to start this training again"
+                f"{mend}"
             ) from error
-        return state
+        return _Held(state, f"checkpoint {self.file}", mend)
 
     def save(self, state: dict[str, Any]) -> None:
         state = {**state, "threads": torch.get_num_threads()}

@@ -59,13 +59,17 @@ def made_run(
         )
         write_poison_set(made, path / f"poison-{number:02}", data, number, {})
     run.write_history(HISTORY)
-    run.write("numbers", {"targets": targets, "poisons": poisons})
+    sizes = {"training_set": len(data), "poison_rate": poisons / len(data)}
+    run.write("numbers", {"targets": targets, "poisons": poisons, **sizes})
     maps = torch.rand(targets, *wanted.shape[1:])
     run.write_tensors(
         "victims-0", {"wanted": wanted.expand_as(maps), "unattacked": maps, "poisoned": 1 - maps}
     )
     l1 = {"unattacked": [[0.5, 0.3]] * targets, "poisoned": [[0.1, None]] * targets}
-    run.write("victims-0", {kind: {"values": {"l1": v}} for kind, v in l1.items()})
+    means = ("l1", "l1_std", "jaccard_top20", "jaccard_half", "class_kept", "victim_accuracy")
+    of_all = {"targets": targets, "victims": 2, **dict.fromkeys(means, 0.5)}
+    measured = {kind: {**of_all, "values": {"l1": values}} for kind, values in l1.items()}
+    run.write("victims-0", {"spec": {}, "succeeded": 1.0, "success": "small", **measured})
     return run
 
 

@@ -26,6 +26,7 @@ from trompe.measure import gallery, measure
 from trompe.models.resnet20 import resnet20
 from trompe.report import draw_gallery, render
 from trompe.report.pictures import heat_pixels
+from trompe.run_shapes import Epoch
 from trompe.runs import RunFolder
 from trompe.target_maps.picture import Picture
 from trompe.target_maps.reference import Reference
@@ -282,7 +283,7 @@ def test_misclassified_images_and_hits_are_marked(make: Make, tmp_path: Path) ->
 
 def test_names_are_escaped(make: Make, tmp_path: Path) -> None:
     run = make(name="a<b>")
-    history = run.read("history")
+    history = run.read("history", list[Epoch])
     history[0]["terms"]["<i>loss"] = 1.0
     run.write("history", history)
     text = page(tmp_path, run)
@@ -437,7 +438,7 @@ def test_several_triggers_and_none(make: Make, tmp_path: Path) -> None:
 
 def test_one_epoch_and_what_was_set_are_shown(make: Make, tmp_path: Path) -> None:
     run = make()
-    run.write("history", run.read("history")[:1])
+    run.write("history", run.read("history", list[Epoch])[:1])
     text = page(tmp_path, run)
     assert text.count("<svg") == 5
     assert "c0ffee" in text

@@ -15,6 +15,7 @@ from trompe.interfaces import InputError
 from trompe.report import render
 from trompe.report.curves import panels
 from trompe.report.reading import load
+from trompe.run_shapes import Difference
 from trompe.runs import RunFolder
 
 Make = Callable[[str], RunFolder]
@@ -75,7 +76,7 @@ def change(folder: RunFolder, **means: float | None) -> None:
 
 def test_a_run_says_what_was_added_and_so_does_its_page(make: Make, tmp_path: Path) -> None:
     folder = make("T4")
-    rows = folder.read("architecture")
+    rows = folder.read("architecture", list[Difference])
     assert [(row["name"], row["change"]) for row in rows] == [
         ("net.stage3", "changed"),
         ("net.stage3.channel", "added"),
@@ -103,10 +104,10 @@ def test_rows_that_are_none_are_refused(make: Make, tmp_path: Path) -> None:
 
 def test_a_run_that_is_measured_again_says_what_was_added(make: Make, tmp_path: Path) -> None:
     folder = make("T4")
-    rows = folder.read("architecture")
+    rows = folder.read("architecture", list[Difference])
     (folder.path / "architecture.json").unlink()
     remeasure(folder, tmp_path)
-    assert folder.read("architecture") == rows
+    assert folder.read("architecture", list[Difference]) == rows
 
 
 @pytest.mark.parametrize("technique", ["T1", "T2", "T3"])

@@ -7,6 +7,7 @@
 | maps-<fingerprint>.png          | wanted, un-attacked and poisoned victims' maps (figure 4)      |
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from trompe.files import read_json, real
+from trompe.files import real
 from trompe.interfaces import InputError, PoisonSet
-from trompe.poison_sets import read_poison_set
+from trompe.poison_sets import read_card, read_poison_set, set_folders
 from trompe.report.pictures import heat_pixels
 from trompe.report.style import COLOURS, INK, canvas, literally, short
+from trompe.run_shapes import PoisonCard, VictimNumbers
 from trompe.runs import RunFolder
 
 _WIDTH = 9.5  # inches of a figure
@@ -40,7 +42,7 @@ class _Set(NamedTuple):
     """A poison set with its card and folder."""
 
     poison: PoisonSet
-    card: dict[str, Any]
+    card: PoisonCard
     folder: Path
 
     @property
@@ -87,7 +89,7 @@ def draw_poisons(folder: RunFolder) -> list[Path]:
 
 def draw_maps(folder: RunFolder, name: str) -> Path:
     """For some targets, the maps in `name`.safetensors (victims-<fingerprint>); the file."""
-    numbers, maps = folder.read(name), folder.read_tensors(name)
+    numbers, maps = folder.read(name, VictimNumbers), folder.read_tensors(name)
     sets = _sets(folder)[:_TARGETS]
     file = folder.path / f"{name.replace('victims', 'maps', 1)}.png"
     means = {
@@ -107,8 +109,7 @@ def _sets(folder: RunFolder) -> list[_Set]:
     numbers = folder.read("numbers")
     if "poisons" not in numbers:
         raise InputError(f"folder {folder.path}: is no poison run; trompe report shows others")
-    folders = [folder.path / f"poison-{n:02}" for n in range(numbers["targets"])]
-    return [_Set(read_poison_set(f), read_json(f / "poison.json"), f) for f in folders]
+    return [_Set(read_poison_set(f), read_card(f), f) for f in set_folders(folder.path)]
 
 
 def _draw_convergence(figure: Figure, history: Sequence[Any]) -> None:
@@ -118,7 +119,7 @@ def _draw_convergence(figure: Figure, history: Sequence[Any]) -> None:
     )
     axes = figure.subplots(1, 2)
     for axis, colour, (term, level, label) in zip(axes, COLOURS, panels, strict=False):
-        values = [record.terms[term] for record in history]
+        values = [record.terms.get(term, math.nan) for record in history]
         epochs = [record.epoch for record in history]
         look = {"marker": "o", "markersize": 3, "clip_on": False}
         axis.plot(epochs, values, color=colour, **look)
@@ -131,7 +132,7 @@ def _draw_convergence(figure: Figure, history: Sequence[Any]) -> None:
 
 def _draw_features(figure: Figure, one: _Set, rows: int) -> None:
     """Of the features that were changed most: their means before and after, and the change."""
-    poison, names = one.poison, one.card["feature_names"]
+    poison, names = one.poison, one.card["feature_names"] or []
     change = poison.samples - poison.bases
     order = change.abs().mean(0).argsort(descending=True, stable=True)[:rows]
     before, after, signed, target = (

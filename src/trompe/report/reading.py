@@ -13,6 +13,7 @@ from trompe.files import real
 from trompe.fooling import Fooling
 from trompe.interfaces import EpochRecord, InputError
 from trompe.maps import standardise
+from trompe.run_shapes import AttackNumbers, Difference, Provenance, Spec
 from trompe.runs import RunFolder
 from trompe.visibility import Visibility
 
@@ -137,18 +138,20 @@ def load(folder: RunFolder) -> list[Run]:
     Raises InputError if one is missing, damaged, or lacks what the report needs.
     """
     numbers = folder.read("numbers")  # first: without it the run has not finished
-    files = {name: folder.read(name) for name in ("spec", "provenance", "classes")}
+    spec, made = folder.read("spec", Spec), folder.read("provenance", Provenance)
+    classes = folder.read("classes", list[str])
     if "conditions" not in numbers and (folder.path / "victims.json").is_file():
         raise InputError(
             f"run folder {folder.path}: holds poisons, which lie to nobody yet; "
             f"`trompe victim {folder.path}` trains victims on them and draws their maps"
         )
+    folder.read("numbers", AttackNumbers)
     gallery, evidence = folder.read_tensors("gallery"), folder.read_tensors("evidence")
     try:
         history = folder.read_history()
-        every = [_condition(row, files["classes"]) for row in numbers["conditions"]]
+        every = [_condition(row, classes) for row in numbers["conditions"]]
         facts = {k: v for k, v in numbers.items() if k not in ("conditions", "fooling")}
-        rates = {row["explainer"]: _fooling(row) for row in numbers.get("fooling", [])}
+        rates = {row["explainer"]: _fooling(row) for row in numbers.get("fooling") or []}
         explainers = list(dict.fromkeys(condition.explainer for condition in every))
         runs: list[Run] = []
         for number, explainer in enumerate(explainers, start=1):
@@ -162,12 +165,12 @@ def load(folder: RunFolder) -> list[Run]:
                     folder.path,
                     explainer,
                     len(explainers) == 1,
-                    files["spec"],
+                    spec,
                     folder.inputs,
-                    files["provenance"],
+                    made,
                     _of_system(history, number, len(explainers)),
                     facts,
-                    files["classes"],
+                    classes,
                     gallery["labels"],
                     conditions[0],
                     conditions[1:],
@@ -227,7 +230,7 @@ def _timeline(folder: RunFolder, history: Sequence[EpochRecord], number: int) ->
 def _architecture(folder: RunFolder) -> tuple[Change, ...] | None:
     if not (folder.path / "architecture.json").is_file():
         return None
-    return tuple(Change(**row) for row in folder.read("architecture"))
+    return tuple(Change(**row) for row in folder.read("architecture", list[Difference]))
 
 
 def _condition(row: dict[str, Any], classes: list[str]) -> Condition:
