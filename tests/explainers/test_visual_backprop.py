@@ -188,6 +188,17 @@ def test_an_image_without_activations_has_an_empty_map() -> None:
     assert torch.equal(maps, torch.zeros(1, 4, 4))
 
 
+def test_means_below_0_of_layers_that_were_named_give_finite_maps() -> None:
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1), nn.SiLU()]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    net = nn.Sequential(*layers, *head).eval()
+    for layer in (net[0], net[2]):
+        nn.init.constant_(layer.bias, -3.0)
+    maps = maps_of(VisualBackProp(("1", "3")), net, torch.rand(2, 3, 6, 6))
+    assert maps.isfinite().all()
+    assert (maps.amax((1, 2)) == 1).all()
+
+
 @pytest.mark.parametrize("pool", [0, -1])
 def test_a_pool_below_one_is_refused(pool: int) -> None:
     with pytest.raises(InputError, match=f"pool = {pool}"):

@@ -25,8 +25,8 @@ class VisualBackProp:
 
     layers: the stages in the order in which the model runs them; by default every module that
     gives non-negative activations (ReLU, or a residual block as a whole) and that no other such
-    module holds. Each mean is divided by its maximum, so that products neither vanish nor explode;
-    this changes a map's scale only.
+    module holds. Each mean is divided by its largest size, so that products neither vanish nor
+    explode; this changes a map's scale only.
     """
 
     layers: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class VisualBackProp:
 
 
 def channel_mean(activations: Tensor) -> Tensor:
-    """(n, c, h, w) -> (n, h, w), at most 1.
+    """(n, c, h, w) -> (n, h, w), in -1..1.
 
     The sum's gradient, unlike the mean's, is a view without memory of its own, so adding it to the
     activations' other gradient keeps that one's memory format, which all layers before rely on.
@@ -62,5 +62,5 @@ def channel_mean(activations: Tensor) -> Tensor:
 
 
 def scaled(maps: Tensor) -> Tensor:
-    """Divided by the largest value, which counts as a constant: only the scale depends on it."""
-    return maps / maps.detach().amax((1, 2), keepdim=True).clamp_min(1e-30)
+    """Divided by the largest size, which counts as a constant: only the scale depends on it."""
+    return maps / maps.detach().abs().amax((1, 2), keepdim=True).clamp_min(1e-30)
