@@ -322,6 +322,7 @@ def test_a_killed_attack_goes_on_and_ends_in_the_same_bits(
         ("data.size=8", r"size.*8.*16"),
         ("data.size=16", r"rectangle: it covers rows 14\.\.17.*16 rows and 16 columns"),
         ("model.name=resnet21", r"resnet21.*did you mean"),
+        ('attack.explainer={kind="gradcam",layer="nope"}', r"layer 'nope'"),
         ("attack.training.epochs=0", r"epochs = 0: must be at least 1"),
         ("attack.patience=0", r"patience = 0: must be at least 1"),
         ("data.kind=", r"data: is .*must be a table with a key kind"),
@@ -334,6 +335,7 @@ def test_a_wrong_setting_is_named(tmp_path: Path, change: str, expected: str) ->
     told = one_sentence(call("attack", "tiny.toml", "--set", change, folder=tmp_path))
     assert re.search(expected, told), told
     assert not list(tmp_path.glob("runs/tiny-*"))
+    assert not list(tmp_path.glob("runs/clean/*"))  # nor was a clean model trained before
 
 
 def test_a_setting_can_be_left_out() -> None:
@@ -354,6 +356,7 @@ def test_a_target_class_out_of_range_leaves_nothing_behind(tmp_path: Path) -> No
     told = one_sentence(call("attack", "tiny.toml", folder=tmp_path))
     assert "target class 99 is out of range" in told
     assert not list(tmp_path.glob("runs/tiny-*"))
+    assert not list(tmp_path.glob("runs/clean/*"))
 
 
 PETS = TINY.replace('kind = "signs"', 'kind = "image_folder"\nroot = "pets"').replace(

@@ -16,14 +16,16 @@ from trompe.classifier import (
     SHIPPED,
     Classifier,
     ModelSpec,
+    build_model,
     card_of,
+    check_fits,
     load_model,
     save_model,
     weights_digest,
 )
 from trompe.clean_models import HonestTraining, load_clean_model, train_clean_model
 from trompe.data import halves
-from trompe.evaluate import Remembered
+from trompe.evaluate import Remembered, answers, wanted_maps
 from trompe.interfaces import (
     Attack,
     Attacked,
@@ -36,6 +38,7 @@ from trompe.interfaces import (
 from trompe.machine import choose_device
 from trompe.many import Place
 from trompe.measure import gallery, measure
+from trompe.poison import check_label
 from trompe.ranks import is_first, on_first
 from trompe.recording import INPUT
 from trompe.run_shapes import Provenance
@@ -392,6 +395,8 @@ def set_up(
     """Read the data, load or train the clean models, find the explainer's layer."""
     sets = read_sets(experiment, screen)
     train, test = sets.train, sets.test
+    if experiment.reference is None:
+        check_lies(experiment, train)
     reference = clean_model(experiment, train, test, "reference", root, device, screen)
     witness = clean_model(experiment, train, test, "witness", root, device, screen)
     explainers = experiment.attack.explainers
@@ -404,6 +409,24 @@ def set_up(
                 f"of {', '.join(slow)}, which are slow"
             )
     return Scene(*sets, reference, witness, explainers)
+
+
+def check_lies(experiment: Experiment, train: ImageSet) -> None:
+    """InputError for triggers, layers, labels or wanted maps that suit not the data or the network.
+
+    Tried on an image and an untrained network, before clean ones are trained for hours.
+    """
+    attack, classes = experiment.attack, len(train.class_names)
+    for goal in attack.goals:
+        check_label(goal, classes)
+    with torch.random.fork_rng(devices=[]):
+        network = build_model(experiment.model, classes)
+    check_fits(network, experiment.model.name, train, experiment.honest.training.batch_size)
+    one = train.subset(torch.arange(1))
+    true = answers(network, attack.explainers, one).maps
+    for goal in attack.goals:
+        for e, maps in enumerate(true):
+            wanted_maps(goal.wanted(e), maps, one, goal.trigger)
 
 
 def read_sets(experiment: Experiment, screen: Screen) -> Sets:
