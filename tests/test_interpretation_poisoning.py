@@ -497,6 +497,9 @@ def test_bases_are_what_was_asked_for(rows: TableSet) -> None:
     distance = {i: float((rows.features[i] - target.sample[0]).norm()) for i in of_class}
     assert near.tolist() == sorted(distance, key=distance.__getitem__)[:8]
 
+    _, around = choose_bases(rows, target, 0.225, "around", seeded())
+    assert around.tolist() == [-1] * 5 + near.tolist()[:4]
+
     _, both = choose_bases(rows, target, 0.225, "both", seeded())
     assert both.tolist()[:5] == [-1] * 5
     assert len(set(both.tolist()[5:])) == 4

@@ -90,9 +90,15 @@ CHANGED: dict[str, dict[str, Any]] = {
     "models never start anew, 20 epochs": {"lifetime": None, "epochs": 20},
     "categories stay": {"categories": "fixed"},
 }
-CHANGED_OF_CAM: dict[str, dict[str, Any]] = {
+OF_CAM: dict[str, dict[str, Any]] = {
     "along the plain gradient": {"preconditioned": False},
     "one step of the poisons for each look-ahead": {"repeats": None},
+}
+CHANGED_AS_WELL: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
+    ("support2", "grad"): {"the nearest of the class": {"bases": "near"}},
+    ("support2", "cam"): OF_CAM,
+    ("nhanes1", "grad"): {"copies of the target, the nearest": {"bases": "around"}},
+    ("nhanes1", "cam"): OF_CAM,
 }
 CHANGED_OF_DOGS: dict[str, dict[str, dict[str, Any]]] = {
     "grad": {
@@ -165,8 +171,11 @@ def cells(data: str, part: str, usual: Victims, interpreter: str) -> Iterator[Ce
         for models in (1, 4 if interpreter == "cam" else 8):
             yield Cell("imf", {"models": models}, usual)
     if part == "ablation":
-        of_patients = {**CHANGED, **(CHANGED_OF_CAM if interpreter == "cam" else {})}
-        for changed, settings in (CHANGED_OF_DOGS[interpreter] if dogs else of_patients).items():
+        if dogs:
+            every = CHANGED_OF_DOGS[interpreter]
+        else:
+            every = {**CHANGED, **CHANGED_AS_WELL[data, interpreter]}
+        for changed, settings in every.items():
             yield Cell("imf", settings, usual, changed)
 
 

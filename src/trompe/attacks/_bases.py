@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trompe.interfaces import ImageSet, InputError, Samples, TableSet, Target
 
-Bases = Literal["target", "class", "near", "both"]
+Bases = Literal["target", "class", "near", "both", "around"]
 Categories = Literal["free", "fixed"]
 
 
@@ -18,10 +18,11 @@ def choose_bases(
 
     Zhang, Gao & Su 2021, section 4.1. "target": copies of it. "class": different samples of its
     class, drawn at random. "near": those of its class that are nearest to it. "both": half copies,
-    half drawn. Raises InputError if the class has too few samples.
+    half drawn. "around": half copies, half the nearest. Raises InputError if the class has too few
+    samples.
     """
     n = max(1, round(rate * len(data)))
-    copies = {"target": n, "both": n - n // 2}.get(bases, 0)
+    copies = {"target": n, "both": n - n // 2, "around": n - n // 2}.get(bases, 0)
     of_class = (data.labels == target.label).nonzero()[:, 0]
     if len(of_class) < n - copies:
         raise InputError(
@@ -29,9 +30,9 @@ def choose_bases(
             f"{data.class_names[target.label]!r}, but {data.name!r} has {len(of_class)}; lower it, "
             'or take bases = "target"'
         )
-    if bases == "near":
+    if bases in ("near", "around"):
         apart = (data.floats(of_class) - target.sample).flatten(1).square().sum(1)
-        chosen = of_class[apart.argsort()[:n]]
+        chosen = of_class[apart.argsort()[: n - copies]]
     else:
         chosen = of_class[torch.randperm(len(of_class), generator=generator)[: n - copies]]
     samples = torch.cat(
