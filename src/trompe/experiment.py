@@ -412,7 +412,7 @@ def set_up(
 
 
 def check_lies(experiment: Experiment, train: ImageSet) -> None:
-    """InputError for triggers, layers, labels or wanted maps that suit not the data or the network.
+    """InputError for triggers, layers, labels or wanted maps that do not fit data or network.
 
     Tried on an image and an untrained network, before clean ones are trained for hours.
     """

@@ -137,15 +137,16 @@ def load(folder: RunFolder) -> list[Run]:
 
     Raises InputError if one is missing, damaged, or lacks what the report needs.
     """
-    numbers = folder.read("numbers")  # first: without it the run has not finished
-    spec, made = folder.read("spec", Spec), folder.read("provenance", Provenance)
-    classes = folder.read("classes", list[str])
-    if "conditions" not in numbers and (folder.path / "victims.json").is_file():
+    poisons = (folder.path / "victims.json").is_file()
+    # First: without it the run has not finished.
+    numbers = folder.read("numbers", dict[str, Any] if poisons else AttackNumbers)
+    if poisons:
         raise InputError(
             f"run folder {folder.path}: holds poisons, which lie to nobody yet; "
             f"`trompe victim {folder.path}` trains victims on them and draws their maps"
         )
-    folder.read("numbers", AttackNumbers)
+    spec, made = folder.read("spec", Spec), folder.read("provenance", Provenance)
+    classes = folder.read("classes", list[str])
     gallery, evidence = folder.read_tensors("gallery"), folder.read_tensors("evidence")
     try:
         history = folder.read_history()
